@@ -1,0 +1,47 @@
+# make book    the rendered book, in _build/html      make test   everything tested
+# make lab     the chapters as notebooks              make data   the image data sets
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CHAPTERS := $(wildcard book/*.md)
+export KEOPS_VERBOSE = 0
+export PYTHONDONTWRITEBYTECODE = 1
+
+.PHONY: book test lab notebooks tangle data check clean
+
+book: $(VENV)/.ready
+	@$(BIN)/python tools/tangle.py
+	@$(BIN)/python tools/build.py
+
+test: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/tangle.py --check
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/.ready
+	$(BIN)/jupyter lab book
+
+notebooks: $(VENV)/.ready
+	@mkdir -p _build/notebooks
+	$(BIN)/jupytext --to ipynb --output-dir _build/notebooks $(CHAPTERS)
+
+tangle: $(VENV)/.ready
+	$(BIN)/python tools/tangle.py
+
+data: $(VENV)/.ready
+	$(BIN)/python -m s4mini.data
+
+check: $(VENV)/.ready
+	$(BIN)/python tools/tangle.py --check
+
+clean:
+	rm -rf _build $(VENV)
+
+# The environment, made anew when what it should hold has changed.
+$(VENV)/.ready: requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@

@@ -1,0 +1,105 @@
+"""What the book's pages have beyond Jupyter Book.
+
+* An exported cell carries a badge that names its module and links to the API page;
+  each entry of the API page links back to the cell.
+* The download menu offers the executed notebook.
+* One local copy of plotly.js serves every interactive figure.
+* A figure's ``alt`` text reaches its image, and figures without one are a warning.
+"""
+
+import ast
+import os
+from pathlib import Path
+from shutil import copy2
+
+from docutils import nodes
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+
+
+def exported_names(source: str) -> list[str]:
+    """Return the public functions, classes and constants that a cell defines."""
+    names = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [name for name in names if not name.startswith("_")]
+
+
+def add_badges(app, doctree, docname):
+    """Put a badge into every exported cell: one link for each name it defines."""
+    if app.builder.format != "html":
+        return
+    module = f"s4mini.{docname.rsplit('/', 1)[-1]}"
+    for cell in list(doctree.findall(nodes.container)):
+        if "tag_export" not in cell.get("classes", []):
+            continue
+        code = next(cell.findall(nodes.literal_block), None)
+        names = exported_names(code.astext()) if code is not None else []
+        links = [
+            f'<a id="def-{name}" href="{api_address(app, docname, f"{module}.{name}")}" '
+            f'title="{module}.{name} in the API">{module}.{name}</a>'
+            for name in names
+        ]
+        text = " ".join(links) or f"<span>{module}</span>"
+        cell.insert(0, nodes.raw("", f'<p class="exported">{text}</p>', format="html"))
+
+
+def api_address(app, docname: str, dotted: str) -> str:
+    """Return the relative address of an entry of the API page."""
+    return app.builder.get_relative_uri(docname, "book/api") + f"#{dotted}"
+
+
+def link_back(app, what, name, obj, options, lines):
+    """End a docstring on the API page with a link to the cell that defines it."""
+    parts = name.split(".")
+    if len(parts) == 3 and parts[0] == "s4mini" and what in {"function", "class", "data"}:
+        chapter, anchor = parts[1], f"def-{parts[2]}"
+        lines += ["", f"`Read it where it is derived <{chapter}.html#{anchor}>`__", ""]
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """Leave out a named tuple's fields: its docstring lists them with shapes and units."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def offer_notebook(app, pagename, templatename, context, doctree):
+    """Make the page's executed notebook downloadable: the theme then shows its button."""
+    if app.builder.format != "html" or doctree is None:
+        return
+    notebook = Path(app.outdir).parent / "jupyter_execute" / f"{pagename}.ipynb"
+    if notebook.exists():
+        target = Path(app.outdir) / "_sources" / f"{pagename}.ipynb"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy2(notebook, target)
+        context["ipynb_source"] = f"{pagename}.ipynb"
+
+
+def copy_plotly(app, exception):
+    """Copy plotly.js out of its Python package into the site."""
+    if exception is None and app.builder.format == "html":
+        import plotly
+
+        source = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+        copy2(source, Path(app.outdir) / "_static" / "plotly.min.js")
+
+
+def check_alt(app, doctree):
+    """Warn about images without alternative text; the build makes warnings errors."""
+    for image in doctree.findall(nodes.image):
+        if not image.get("alt", "").strip():
+            logger.warning("image without alt text: %s", image.get("uri"), location=image)
+
+
+def setup(app):
+    os.environ["S4MINI_BOOK_BUILD"] = "1"  # inherited by the kernels: see book/figures.md
+    app.connect("doctree-resolved", add_badges)
+    app.connect("doctree-read", check_alt)
+    app.connect("autodoc-process-docstring", link_back)
+    app.connect("autodoc-skip-member", skip_fields)
+    app.connect("html-page-context", offer_notebook, priority=400)  # the theme's buttons: 500
+    app.connect("build-finished", copy_plotly)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,114 @@
+"""How the figures are drawn.
+
+One look for every figure of the book, interactive figures that work without a network,
+and the recorded measurements that tables are built from.
+
+Tangled from book/figures.md.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import plotly.graph_objects as go
+from IPython.display import HTML
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+import s4mini
+
+__all__ = ["COLORS", "recorded", "show", "use_style"]
+
+COLORS = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "yellow": "#F0E442",
+    "black": "#000000",
+}
+
+
+def use_style() -> None:
+    """Give matplotlib the book's colours, sizes and sharp output.
+
+    Source: book/figures.md.
+    """
+    set_matplotlib_formats("svg")
+    plt.rcParams.update(
+        {
+            "axes.prop_cycle": plt.cycler(color=list(COLORS.values())),
+            "axes.grid": True,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "figure.constrained_layout.use": True,
+            "figure.figsize": (7.0, 3.0),
+            "font.size": 11,
+            "grid.alpha": 0.3,
+            "image.cmap": "cividis",
+            "legend.frameon": False,
+            "svg.fonttype": "path",
+            "svg.hashsalt": "s4mini",
+        }
+    )
+
+
+def show(figure: go.Figure, height: int = 420) -> HTML | go.Figure:
+    """Return a plotly figure in the form that this page can display.
+
+    Args:
+        figure: the figure; its margins, legend, colours and height are set.
+        height: in pixels.
+
+    Returns:
+        HTML that refers to the site's own plotly.js while the book is being
+        built, the figure otherwise.
+
+    Source: book/figures.md.
+    """
+    figure.update_layout(
+        height=height,
+        margin={"l": 55, "r": 10, "t": 30, "b": 50},
+        legend={"orientation": "h", "y": 1.12},
+        template="plotly_white",
+        colorway=list(COLORS.values()),
+    )
+    if not os.environ.get("S4MINI_BOOK_BUILD"):
+        return figure
+    return HTML(
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs="../_static/plotly.min.js",
+            include_mathjax=False,
+            config={"displayModeBar": False, "responsive": True},
+        )
+    )
+
+
+def recorded(name: str) -> dict | None:
+    """Return a measurement kept in results/NAME.json.
+
+    Args:
+        name: the file's stem.
+
+    Returns:
+        The content, or None where it has not been measured, or where s4mini
+        is installed without the book's results/ folder beside it.
+
+    Raises:
+        ValueError: the file lacks how it was measured.
+
+    Source: book/figures.md.
+    """
+    results = Path(s4mini.__file__).resolve().parents[1] / "results"
+    path = results / f"{name}.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text("utf8"))
+    missing = {"command", "device", "versions", "seed"} - set(content)
+    if missing:
+        listed = ", ".join(sorted(missing))
+        raise ValueError(f"{path}: does not say its {listed}")
+    return content
