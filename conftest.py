@@ -10,16 +10,15 @@ a kernel of its own, started in the page's folder::
 
 import os
 import re
+import time
 from collections import defaultdict
+from functools import partial
+from itertools import dropwhile
+from queue import Empty
 
 from jupytext.myst import CODE_DIRECTIVE, get_parser, matches_mystnb, myst_to_notebook
-from nbval.plugin import (
-    IPyNbCell,
-    IPyNbFile,
-    NbCellError,
-    find_comment_markers,
-    find_metadata_tags,
-)
+from nbval.kernel import RunningKernel
+from nbval.plugin import IPyNbCell, IPyNbFile, find_comment_markers, find_metadata_tags
 
 # Workers share the processor: without this each would start a thread for every core.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -28,6 +27,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 CELL_LINE = re.compile(r"Cell In\[\d*\], line (\d+)")
+EXCEPTION = re.compile(r"^\w+(?:Error|Exception|Exit|Interrupt|Warning)\b.*$", re.MULTILINE)
 
 
 def pytest_collect_file(file_path, parent):
@@ -43,6 +43,10 @@ def pytest_collect_file(file_path, parent):
 
 class Chapter(IPyNbFile):
     """A page: its kernel is nbval's, its cells come from the Markdown."""
+
+    def setup(self):
+        super().setup()
+        self.kernel.get_message = partial(wait_for_message, self.kernel)
 
     def collect(self):
         text = self.path.read_text("utf8")
@@ -61,7 +65,8 @@ class Chapter(IPyNbFile):
                 options=options,
             )
             item.fence_line = first + 1
-            item.code_line = last - len(cell.source.splitlines())
+            item.code_line = last - len(code_lines(cell))
+            item.output_timeout = 60  # seconds: a busy machine is slow to hand over output
             yield item
 
 
@@ -73,18 +78,37 @@ class ChapterCell(IPyNbCell):
 
     def repr_failure(self, excinfo):
         """Return the page and line at which the cell stopped, its code, and the traceback."""
-        if not isinstance(excinfo.value, NbCellError):
-            return super().repr_failure(excinfo)
-        page = self.nodeid.split("::")[0]
-        trace = ANSI_COLOUR.sub("", excinfo.value.inner_traceback or "").strip()
+        page, error = self.nodeid.split("::")[0], excinfo.value
+        trace = ANSI_COLOUR.sub("", getattr(error, "inner_traceback", None) or "").strip()
         found = CELL_LINE.search(trace)  # the first frame is in this cell
         stopped = self.code_line + int(found[1]) - 1 if found else self.fence_line
         where = f"{page}:{stopped}"
         if found:
             trace = trace.replace(found[0], where, 1)
-        lines = enumerate(self.cell.source.splitlines(), self.code_line)
+        said = EXCEPTION.findall(trace)
+        reason = f"{said[-1]} ({error})" if said else error
+        lines = enumerate(code_lines(self.cell), self.code_line)
         code = "\n".join(f"{'>' if n == stopped else ' '} {n:4d}  {line}" for n, line in lines)
-        return f"{where}: {excinfo.value}\n\n{code}\n\n{trace}"
+        return f"{where}: {reason}\n\n{code}\n\n{trace}".rstrip()
+
+
+def code_lines(cell):
+    """Return a cell's lines of code as IPython counts them: from the first that is not blank."""
+    lines = cell.source.split("\n")
+    return list(dropwhile(lambda line: not line.strip(), lines))
+
+
+def wait_for_message(kernel, stream, timeout=None):
+    """Return the kernel's next message; do not wait for a kernel that has died."""
+    deadline = time.monotonic() + (timeout or 0)
+    while True:
+        try:
+            return RunningKernel.get_message(kernel, stream, timeout=min(timeout or 1, 1))
+        except Empty:
+            if not kernel.is_alive():
+                raise RuntimeError("the kernel died") from None
+            if timeout is not None and time.monotonic() > deadline:
+                raise
 
 
 def code_fences(text):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-__all__ = ["check_choice", "check_int", "check_positive", "check_tensors"]
+__all__ = ["check_int", "check_positive", "check_choice", "check_tensors"]
 
 
 def check_int(name: str, value: int, minimum: int = 1, even: bool = False) -> int:

@@ -17,7 +17,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 import s4mini
 
-__all__ = ["COLORS", "recorded", "show", "use_style"]
+__all__ = ["COLORS", "use_style", "show", "recorded"]
 
 COLORS = {
     "blue": "#0072B2",

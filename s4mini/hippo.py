@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
 
-__all__ = ["MEASURES", "hippo", "legendre", "reconstruct"]
+__all__ = ["legendre", "MEASURES", "reconstruct", "hippo"]
 
 
 def legendre(N: int, xi: Tensor) -> Tensor:
@@ -56,18 +56,21 @@ def reconstruct(measure: str, x: Tensor, t: float, s: Tensor) -> Tensor:
 
     Raises:
         TypeError: x or s is not a real floating tensor, or t no number.
-        ValueError: the measure is unknown, t <= 0, x or s has a wrong shape
-            or entries that are not finite, or a time is outside [0, t].
+        ValueError: the measure is unknown, t is not one number > 0, x or s
+            has a wrong shape or entries that are not finite, or a time is
+            outside [0, t].
 
-    Source: Gu et al. 2020, section 2.3; book/hippo.md.
+    Source: Gu et al. 2020, section 2; book/hippo.md.
     """
     check_choice("measure", measure, MEASURES)
     check_positive("t", t)
+    if torch.as_tensor(t).ndim:
+        raise ValueError(f"t: expected one number, got {tuple(t.shape)}")
     N = check_tensors(x=(x, "real ... N"), s=(s, "real S"))["N"]
     slack = 1e-6 * t  # forgives rounding in s = k * dt
     if s.min() < -slack or s.max() > t + slack:
         low, high = s.min().item(), s.max().item()
-        raise ValueError(f"s: expected times in [0, {t}], got {low} to {high}")
+        raise ValueError(f"s: expected times in [0, {float(t)}], got {low} to {high}")
     xi = (2 * s / t - 1).clamp(-1, 1).to(x.dtype)
     norms = (2 * torch.arange(N).to(xi) + 1).sqrt()
     return (x * norms) @ legendre(N, xi)
@@ -95,5 +98,5 @@ def hippo(measure: str, N: int) -> tuple[Tensor, Tensor]:
     N = check_int("N", N)
     n = torch.arange(N, dtype=torch.float64)
     B = (2 * n + 1).sqrt()
-    below = torch.tril(torch.outer(B, B), diagonal=-1)
-    return -below - torch.diag(n + 1), B
+    below = torch.tril(-torch.outer(B, B), diagonal=-1)
+    return below - torch.diag(n + 1), B

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from s4mini.checks import check_int, check_tensors
 from s4mini.hippo import hippo
+from s4mini.ssm import promote
 
-__all__ = ["NPLR", "half_spectrum", "nplr", "real_form"]
+__all__ = ["NPLR", "nplr", "half_spectrum", "real_form"]
 
 
 class NPLR(NamedTuple):
     """A system in the basis in which A is diagonal minus low rank.
 
-    A = V (diag(Lambda) - P P*) V*, and the input vector is V B.
+    In the original coordinates the state matrix is
+    V (diag(Lambda) - P P*) V*, and the input vector V B.
 
     Attributes:
         Lambda: (N,) eigenvalues of the normal part, by rising imaginary part.
@@ -28,7 +30,7 @@ class NPLR(NamedTuple):
         B: (N,) the input vector.
         V: (N, N) unitary, the eigenvectors in its columns.
 
-    Source: Gu et al. 2022a, theorem 1; book/nplr.md.
+    Source: Gu et al. 2022a, Theorem 1; book/nplr.md.
     """
 
     Lambda: Tensor
@@ -46,13 +48,13 @@ def nplr(measure: str, N: int) -> NPLR:
 
     Returns:
         Lambda (N,), P (N, 1), B (N,), V (N, N), complex128, dimensionless.
-        A real output vector C of the original coordinates becomes C @ V.
+        An output vector C of the original coordinates becomes C.to(V) @ V.
 
     Raises:
         TypeError: N is not an integer.
         ValueError: the measure is unknown, or N < 1.
 
-    Source: Gu et al. 2022a, theorem 1 and appendix C; book/nplr.md.
+    Source: Gu et al. 2022a, Theorem 1; book/nplr.md.
     """
     A, B = hippo(measure, N)
     n = torch.arange(len(B), dtype=A.dtype)
@@ -87,12 +89,17 @@ def half_spectrum(system: NPLR) -> NPLR:
     sizes = check_tensors(Lambda=(Lambda, "N"), P=(P, "N r"), B=(B, "N"), V=(V, "N N"))
     N = check_int("N", sizes["N"], minimum=2, even=True)
     keep = (Lambda + 0j).imag > 0
-    if 2 * int(keep.sum()) != N:
+    above = int(keep.sum())
+    if 2 * above != N:
         raise ValueError(
-            f"Lambda: expected {N // 2} modes above the real axis, "
-            f"got {int(keep.sum())}"
+            f"Lambda: expected {N // 2} of {N} modes above the real axis, got {above}"
         )
     return NPLR(Lambda[keep], P[keep], B[keep], V[:, keep])
+
+
+def _parts(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part, also of a real tensor."""
+    return z.real, z.imag if z.is_complex() else torch.zeros_like(z)
 
 
 def real_form(
@@ -116,16 +123,13 @@ def real_form(
 
     Source: book/nplr.md.
     """
-    check_tensors(
-        Lambda=(Lambda, "... n"),
-        P=(P, "... n r"),
-        B=(B, "... n"),
-        C=(C, "... n"),
-    )
-    Lambda, P, B, C = (z if z.is_complex() else z + 0j for z in (Lambda, P, B, C))
-    a, b = torch.diag_embed(Lambda.real), torch.diag_embed(Lambda.imag)
-    top, bottom = torch.cat((a, -b), -1), torch.cat((b, a), -1)
-    P = torch.cat((P.real, P.imag), -2)  # (..., 2n, r)
-    A = torch.cat((top, bottom), -2) - 2 * P @ P.mT
-    B = torch.cat((B.real, B.imag), -1)
-    return A, B, 2 * torch.cat((C.real, -C.imag), -1)
+    half = {"Lambda": Lambda, "P": P, "B": B, "C": C}
+    axes = {"P": "... n r"}
+    check_tensors(**{k: (z, axes.get(k, "... n")) for k, z in half.items()})
+    Lambda, P, B, C = promote(**half)
+    a, b = map(torch.diag_embed, _parts(Lambda))
+    rotation = torch.cat((torch.cat((a, -b), -1), torch.cat((b, a), -1)), -2)
+    P = torch.cat(_parts(P), -2)  # (..., 2n, r)
+    re, im = _parts(C)
+    A = rotation - 2 * P @ P.mT
+    return A, torch.cat(_parts(B), -1), 2 * torch.cat((re, -im), -1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s4mini.checks import check_tensors
 
-__all__ = ["SSM", "change_basis", "impulse_response", "promote"]
+__all__ = ["SSM", "promote", "expm", "impulse_response", "change_basis"]
 
 
 class SSM(NamedTuple):
@@ -75,6 +75,35 @@ def _check_system(system: SSM) -> None:
         raise ValueError(f"D: expected one finite number, got {D.tolist()}")
 
 
+def expm(M: Tensor) -> Tensor:
+    """Exponentiate square matrices.
+
+    Args:
+        M: (..., N, N) matrices, dimensionless, real or complex.
+
+    Returns:
+        (..., N, N) exponentials.
+
+    Raises:
+        TypeError: M is no tensor in single or double precision.
+        ValueError: M is not square, or not finite.
+
+    Source: Higham 2008, section 10.3; book/ssm.md.
+    """
+    check_tensors(M=(M, "... N N"))
+    (M,) = promote(M=M)
+    norm = M.detach().abs().sum(dim=-2).amax(dim=-1)
+    halvings = (torch.frexp(norm).exponent + 1).clamp(min=0)
+    halvings = halvings[..., None, None]
+    small = M * 2.0**-halvings  # norm <= 1/2
+    E = eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    for j in range(14, 0, -1):
+        E = eye + small @ E / j  # Horner's scheme for the series
+    for j in range(int(halvings.max())):
+        E = torch.where(halvings > j, E @ E, E)
+    return E
+
+
 def impulse_response(system: SSM, t: Tensor) -> Tensor:
     """Evaluate the impulse response C e^{tA} B, without the term D.
 
@@ -97,7 +126,7 @@ def impulse_response(system: SSM, t: Tensor) -> Tensor:
         raise ValueError(f"t: expected times >= 0, got {t.min().item()}")
     A, B, C = promote(A=system.A, B=system.B, C=system.C)
     t = t.to(A.real.dtype)
-    exponentials = torch.linalg.matrix_exp(t[:, None, None] * A)  # (T, N, N)
+    exponentials = expm(t[:, None, None] * A)  # (T, N, N)
     return exponentials @ B @ C
 
 

@@ -12,6 +12,7 @@ order, formatted by ruff. The order of chapters is that of ``_toc.yml``.
 
 import argparse
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from jupytext.myst import myst_to_notebook
+from jupytext.myst import (
+    CODE_DIRECTIVE,
+    MystMetadataParsingError,
+    get_parser,
+    myst_to_notebook,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,75 +66,96 @@ def chapters(root: Path) -> list[Path]:
 def title_and_summary(notebook) -> tuple[str, str]:
     """Return the first heading and the paragraph below it."""
     text = next((c.source for c in notebook.cells if c.cell_type == "markdown"), "")
-    blocks = [block.strip() for block in text.split("\n\n")]
-    at = next((i for i, b in enumerate(blocks) if b.startswith("# ")), None)
-    if at is None:
-        return "", ""
-    return blocks[at][2:].strip(), "\n".join(blocks[at + 1 : at + 2])
+    _, _, text = f"\n{text}".partition("\n# ")
+    title, _, below = text.partition("\n")
+    return title.strip(), " ".join(below.strip().split("\n\n")[0].split())
 
 
-def split_cell(source: str, where: str) -> tuple[list[str], str, list[str]]:
-    """Split a cell into its import statements, the other source, the names it defines."""
+def code_cells(text: str, notebook):
+    """Yield a page's code cells, each with the number of its first line of code."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    fences = [
+        token.map[1]  # the line of the closing fence
+        for token in get_parser().parse(text + "\n")
+        if token.type == "fence" and token.level == 0 and token.info.startswith(CODE_DIRECTIVE)
+    ]
+    for cell, fence in zip(cells, fences, strict=True):
+        yield cell, fence - len(cell.source.split("\n"))
+
+
+def parse_cell(source: str, page: str, first: int) -> ast.Module:
+    """Return the syntax tree of an exported cell, with the page's line numbers."""
     try:
         tree = ast.parse(source)
     except SyntaxError as error:
-        page, first = where.rsplit(":", 1)
-        line = int(first) + (error.lineno or 1) - 1
-        text = (error.text or "").strip()
         raise TangleError(
-            f"{page}:{line}: an exported cell must be plain Python, without magics: "
-            f"{error.msg}: {text}"
+            f"{page}:{first + (error.lineno or 1) - 1}: an exported cell must be plain Python, "
+            f"without magics: {error.msg}: {(error.text or '').strip()}"
         ) from error
-    lines, imports, names = source.splitlines(), [], []
-    for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            imports.append(ast.unparse(node))
-            lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.append(node.name)
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names += [t.id for t in targets if isinstance(t, ast.Name)]
-    body = "\n".join(line for line in lines if line is not None).strip("\n")
-    return imports, body, names
+    return ast.increment_lineno(tree, first - 1)
+
+
+def split_cell(source: str, page: str, first: int):
+    """Split a cell into its imports, the other source, the (name, line) pairs it defines."""
+    tree = parse_cell(source, page, first)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    others = [node for node in tree.body if node not in imports]
+    hoisted = {line for node in imports for line in range(node.lineno, node.end_lineno + 1)}
+    for node in others:
+        if hoisted & {node.lineno, node.end_lineno}:
+            raise TangleError(f"{page}:{node.lineno}: an import needs a line of its own")
+    lines = enumerate(source.split("\n"), first)
+    body = "\n".join(line for number, line in lines if number not in hoisted).strip("\n")
+    names = [(name, node.lineno) for node in others for name in bound_names(node)]
+    return [ast.unparse(node) for node in imports], body, names
+
+
+def bound_names(node: ast.stmt) -> list[str]:
+    """Return the names that a definition or an assignment binds."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+    inner = [item for target in targets for item in ast.walk(target)]
+    return [i.id for i in inner if isinstance(i, ast.Name) and isinstance(i.ctx, ast.Store)]
 
 
 def read_chapter(page: Path) -> Module | None:
     """Return the module of a page, or None if the page exports nothing."""
+    shown = "/".join(page.parts[-2:])
+    if not page.exists():
+        raise TangleError(f"{shown}: listed in _toc.yml, but there is no such page")
     text = page.read_text("utf8")
-    if "{code-cell}" not in text:
+    if CODE_DIRECTIVE not in text:
         return None
-    notebook = myst_to_notebook(text, add_source_map=True)
+    try:
+        notebook = myst_to_notebook(text)
+    except MystMetadataParsingError as error:
+        raise TangleError(f"{shown}: {error}") from error
     module = Module(page.stem, *title_and_summary(notebook))
-    for cell, line in zip(notebook.cells, notebook.metadata.source_map, strict=True):
-        if cell.cell_type != "code" or "export" not in cell.metadata.get("tags", []):
+    for cell, first in code_cells(text, notebook):
+        if "export" not in cell.metadata.get("tags", []):
             continue
-        where = f"{page.name}:{first_code_line(text, line, cell.source)}"
-        imports, body, names = split_cell(cell.source, where)
+        imports, body, names = split_cell(cell.source, shown, first)
         module.imports += [i for i in imports if i not in module.imports]
         if body:
             module.bodies.append(body)
-        for name in names:
+        for name, line in names:
+            where = f"{shown}:{line}"
             if name in module.names:
                 raise TangleError(f"{where}: {name} is exported already at {module.names[name]}")
             module.names[name] = where
-    return module if module.bodies else None
-
-
-def first_code_line(text: str, cell_line: int, source: str) -> int:
-    """Return the line of a cell's first line of code (the source map may name its fence)."""
-    first = source.splitlines()[0] if source else ""
-    lines = text.splitlines()
-    for number in range(cell_line - 1, len(lines)):
-        if lines[number] == first:
-            return number + 1
-    return cell_line
+    if not module.bodies:
+        return None
+    if not (module.title and module.summary) or re.search(r'\\|"""', module.title + module.summary):
+        raise TangleError(f"{shown}: needs a title and, below it, a summary in plain text")
+    return module
 
 
 def render_module(module: Module) -> str:
     """Return the text of ``s4mini/NAME.py``."""
-    summary = textwrap.fill(" ".join(module.summary.split()), 88)
-    public = sorted(name for name in module.names if not name.startswith("_"))
+    summary = textwrap.fill(module.summary, 88, break_on_hyphens=False)
+    public = [name for name in module.names if not name.startswith("_")]
     docstring = f"{module.title}.\n\n{summary}\n\nTangled from book/{module.name}.md."
     head = f'"""{docstring}\n"""'
     listing = "__all__ = [" + ", ".join(f'"{name}"' for name in public) + "]"
@@ -140,11 +167,11 @@ def render_init(modules: list[Module], root: Path) -> str:
     intro = myst_to_notebook((root / "book" / "intro.md").read_text("utf8"))
     _, summary = title_and_summary(intro)
     public = {m.name: [n for n in m.names if not n.startswith("_")] for m in modules}
-    core = [m.name for m in modules if m.name not in EXTRAS]
-    width = max(len(m.name) for m in modules)
+    core = [m.name for m in modules if m.name not in EXTRAS and public[m.name]]
+    width = max((len(m.name) for m in modules), default=0)
     return ruff(
         INIT.format(
-            summary=textwrap.fill(" ".join(summary.split()), 80),
+            summary=textwrap.fill(summary, 80, break_on_hyphens=False),
             table="\n".join(f"    {m.name:<{width}}  {m.title}" for m in modules),
             imports="\n".join(f"from s4mini.{m} import {', '.join(public[m])}" for m in core),
             listing=", ".join(f'"{name}"' for m in core for name in public[m]),
@@ -205,7 +232,11 @@ def __getattr__(name):
 
 def ruff(text: str) -> str:
     """Sort the imports of a module's text and format it."""
-    for args in (["check", "--quiet", "--fix", "--select", "I,F401,RUF022"], ["format", "--quiet"]):
+    isort = ["--config", 'lint.isort.known-first-party=["s4mini"]']
+    for args in (
+        ["check", "--quiet", "--fix", "--select", "I,F401", *isort],
+        ["format", "--quiet"],
+    ):
         command = [sys.executable, "-m", "ruff", *args, "--line-length", "88", "--isolated", "-"]
         done = subprocess.run(command, input=text, capture_output=True, text=True)
         if done.returncode:

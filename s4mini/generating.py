@@ -1,0 +1,110 @@
+"""From powers to a resolvent.
+
+The kernel is a sequence of matrix powers. Its generating function is a matrix inverse,
+and its values at the roots of unity give all powers back at once.
+
+Tangled from book/generating.md.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from s4mini.checks import check_int, check_tensors
+
+__all__ = ["generating_function", "roots", "truncated_C"]
+
+
+def generating_function(
+    A_bar: Tensor, B_bar: Tensor, C: Tensor, L: int, z: Tensor
+) -> Tensor:
+    """Evaluate the kernel's truncated generating function.
+
+    Args:
+        A_bar: (N, N) state matrix, dimensionless.
+        B_bar: (N,) input vector.
+        C: (N,) output vector.
+        L: number of terms, >= 1.
+        z: (M,) points, none of them 1/eigenvalue of A_bar.
+
+    Returns:
+        (M,) complex: the sum of C A_bar^l B_bar z^l over l < L.
+
+    Raises:
+        TypeError: an argument is not a tensor of numbers, or L no integer.
+        ValueError: shapes do not agree, an entry is not finite, or L < 1.
+
+    Source: Gu et al. 2022a, lemma C.2; book/generating.md.
+    """
+    L = check_int("L", L)
+    check_tensors(A_bar=(A_bar, "N N"), B_bar=(B_bar, "N"), C=(C, "N"), z=(z, "M"))
+    kind = torch.promote_types(A_bar.dtype, torch.complex64)
+    kind = torch.promote_types(kind, z.dtype)
+    A_bar, B_bar, C, z = (t.to(kind) for t in (A_bar, B_bar, C, z))
+    power = C @ torch.linalg.matrix_power(A_bar, L)
+    cut = C - z[:, None] ** L * power  # (M, N): C (I - z^L A_bar^L)
+    eye = torch.eye(len(C), dtype=kind, device=C.device)
+    matrix = eye - z[:, None, None] * A_bar  # (M, N, N)
+    return (cut * torch.linalg.solve(matrix, B_bar.expand_as(cut))).sum(-1)
+
+
+def roots(
+    L: int,
+    dtype: torch.dtype = torch.complex128,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return the roots of unity at which a real FFT of length L sits.
+
+    Args:
+        L: length of the sequence, >= 1.
+        dtype: complex64 or complex128.
+        device: where to put them.
+
+    Returns:
+        (L // 2 + 1,) the points exp(-2 pi i k / L), each rounded once.
+
+    Raises:
+        TypeError: L is no integer, or dtype is not complex.
+        ValueError: L < 1.
+
+    Source: Gu et al. 2022a, lemma C.2; book/generating.md.
+    """
+    L = check_int("L", L)
+    if not dtype.is_complex:
+        raise TypeError(f"dtype: expected a complex dtype, got {dtype}")
+    k = torch.arange(L // 2 + 1, dtype=torch.float64, device=device)
+    theta = 2 * math.pi * k / L
+    return torch.polar(torch.ones_like(theta), -theta).to(dtype)
+
+
+def truncated_C(E: Tensor, C: Tensor, L: int) -> Tensor:
+    """Return C~ = C (I - A_bar^L), given E = A_bar - I.
+
+    Args:
+        E: (..., N, N) the state matrix less the identity, dimensionless.
+        C: (..., N) output vector, of the same dtype.
+        L: length of the kernel, >= 1.
+
+    Returns:
+        C~ (..., N), in the units of C.
+
+    Raises:
+        TypeError: E or C is not a tensor of numbers, or L no integer.
+        ValueError: shapes do not agree, an entry is not finite, or L < 1.
+
+    Source: Gu et al. 2022a, algorithm 1, line 1; book/generating.md.
+    """
+    check_tensors(E=(E, "... N N"), C=(C, "... N"))
+    return _truncated_C(E, C, check_int("L", L))
+
+
+def _truncated_C(E: Tensor, C: Tensor, L: int) -> Tensor:
+    """Do the work of truncated_C; nothing is examined."""
+    d = torch.zeros_like(C)  # C (A_bar^a - I), with a = 0 so far
+    while True:
+        for _ in range(L if L <= 16 else L % 2):
+            d = d + ((C + d).unsqueeze(-2) @ E).squeeze(-2)
+        if L <= 16:
+            return -d
+        E, L = 2 * E + E @ E, L // 2  # A_bar^2 - I, and half as many

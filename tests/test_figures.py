@@ -1,0 +1,44 @@
+"""Figures and recorded measurements."""
+
+import json
+
+import plotly.graph_objects as go
+import pytest
+
+import s4mini
+from s4mini.figures import COLORS, recorded, show
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    (tmp_path / "s4mini").mkdir()
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(s4mini, "__file__", str(tmp_path / "s4mini" / "__init__.py"))
+    return tmp_path / "results"
+
+
+def test_what_nobody_measured_is_none(results):
+    assert recorded("speed") is None
+
+
+def test_a_measurement_must_say_how(results):
+    (results / "speed.json").write_text(json.dumps({"command": "x", "seed": 0}))
+    with pytest.raises(ValueError, match="does not say its device, versions"):
+        recorded("speed")
+
+
+def test_a_measurement_is_returned_whole(results):
+    content = {"command": "x", "device": "cpu", "versions": {}, "seed": 0, "ms": 1.5}
+    (results / "speed.json").write_text(json.dumps(content))
+    assert recorded("speed") == content
+
+
+def test_interactive_figures_ask_no_other_host(monkeypatch):
+    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1]))
+    monkeypatch.delenv("S4MINI_BOOK_BUILD", raising=False)
+    assert show(figure) is figure
+    monkeypatch.setenv("S4MINI_BOOK_BUILD", "1")
+    page = show(figure).data
+    assert 'src="../_static/plotly.min.js"' in page
+    assert "cdn" not in page and len(page) < 20_000
+    assert list(figure.layout.colorway) == list(COLORS.values())

@@ -1,0 +1,108 @@
+"""The package as someone who imports it meets it."""
+
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import s4mini
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(p.stem for p in (ROOT / "s4mini").glob("*.py") if p.stem != "__init__")
+
+
+def public():
+    for module in MODULES:
+        namespace = import_module(f"s4mini.{module}")
+        for name in namespace.__all__:
+            yield pytest.param(module, name, id=f"{module}.{name}")
+
+
+def test_install_needs_torch_and_numpy_only():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+    needed = {re.match(r"[\w-]+", item)[0] for item in project["dependencies"]}
+    assert needed == {"torch", "numpy"}
+    assert set(project["optional-dependencies"]) == {"train", "keops", "book", "test"}
+
+
+def test_import_without_the_extras():
+    program = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import pydoc
+import s4mini
+
+for name in s4mini.__all__:
+    getattr(s4mini, name)
+text = pydoc.plain(pydoc.render_doc(s4mini))
+assert "S4Layer" in text and "dplr_kernel" in text
+try:
+    s4mini.fit
+except ModuleNotFoundError as error:
+    assert 's4mini[train]' in str(error), error
+else:
+    raise AssertionError("training was imported without lightning")
+"""
+    absent = {"lightning", "matplotlib", "plotly", "sklearn", "pooch", "scipy", "sympy", "IPython"}
+    code = program.format(absent=absent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("module", "name"), public())
+def test_every_name_can_be_imported_from_the_package(module, name):
+    value = getattr(import_module(f"s4mini.{module}"), name)
+    assert getattr(s4mini, name) is value
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'S5Layer'"):
+        _ = s4mini.S5Layer
+
+
+@pytest.mark.parametrize(("module", "name"), public())
+def test_docstrings_say_what_a_caller_needs(module, name):
+    value = getattr(import_module(f"s4mini.{module}"), name)
+    if not callable(value):
+        return
+    text = inspect.getdoc(value) or ""
+    summary = text.split("\n\n")[0]
+    assert summary.endswith((".", "]")) and len(summary.splitlines()) == 1, summary
+    assert f"book/{module}.md" in text, "no Source line that names the chapter"
+    if not inspect.isfunction(value):
+        return
+    signature = inspect.signature(value)
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, parameter.name
+        assert re.search(rf"\b{parameter.name}\b.*:", text), f"{parameter.name} is not described"
+
+
+def test_the_reference_page_lists_every_module():
+    page = (ROOT / "book" / "api.md").read_text("utf8")
+    assert re.findall(r"automodule:: s4mini\.(\w+)", page) == reading_order()
+
+
+def reading_order():
+    toc = (ROOT / "_toc.yml").read_text("utf8")
+    return [name for name in re.findall(r"book/(\w+)", toc) if name in MODULES]
+
+
+def test_no_parameter_swallows_misspelt_names():
+    for module in MODULES:
+        for name, value in vars(import_module(f"s4mini.{module}")).items():
+            if inspect.isfunction(value) and value.__module__ == f"s4mini.{module}":
+                kinds = [p.kind for p in inspect.signature(value).parameters.values()]
+                if inspect.Parameter.VAR_KEYWORD in kinds:
+                    assert (module, name) == ("checks", "check_tensors")
