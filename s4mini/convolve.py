@@ -41,15 +41,10 @@ def scan(
 
     Source: Gu et al. 2022a, eq. 3; book/convolve.md.
     """
-    start = torch.zeros_like(B_bar) if x0 is None else x0
-    check_tensors(
-        A_bar=(A_bar, "N N"),
-        B_bar=(B_bar, "N"),
-        C=(C, "N"),
-        u=(u, "L"),
-        x0=(start, "N"),
-    )
-    A_bar, B_bar, C, u, x = promote(A_bar=A_bar, B_bar=B_bar, C=C, u=u, x0=start)
+    check_tensors(A_bar=(A_bar, "N N"), B_bar=(B_bar, "N"), C=(C, "N"), u=(u, "L"))
+    x0 = torch.zeros_like(B_bar) if x0 is None else x0
+    check_tensors(B_bar=(B_bar, "N"), x0=(x0, "N"))
+    A_bar, B_bar, C, u, x = promote(A_bar=A_bar, B_bar=B_bar, C=C, u=u, x0=x0)
     y = []
     for u_k in u:
         x = A_bar @ x + B_bar * u_k

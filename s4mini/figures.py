@@ -82,6 +82,7 @@ def show(figure: go.Figure, height: int = 420) -> HTML | go.Figure:
             full_html=False,
             include_plotlyjs="../_static/plotly.min.js",
             include_mathjax=False,
+            auto_play=False,
             config={"displayModeBar": False, "responsive": True},
         )
     )

@@ -104,7 +104,7 @@ def dplr_step(
 
     Source: Gu et al. 2022a, section 3.3; book/recurrence.md.
     """
-    check_tensors(x=(x, "... n"), u=(u, "real ..."))
+    check_tensors(Lambda=(Lambda, "... n"), x=(x, "... n"), u=(u, "real ..."))
     dt = _check_system(Lambda, P, B, C, dt, u=u.shape, x=x.shape[:-1])
     return _step(Lambda, P, B, C, dt, u, x)
 
@@ -127,7 +127,7 @@ def state_as_input(Lambda: Tensor, P: Tensor, dt: float | Tensor, x: Tensor) -> 
 
     Source: book/recurrence.md.
     """
-    check_tensors(x=(x, "... n"), Lambda=(Lambda, "... n"))
+    check_tensors(Lambda=(Lambda, "... n"), x=(x, "... n"))
     dt = _check_system(Lambda, P, Lambda, Lambda, dt, x=x.shape[:-1])
     return x / dt[..., None] + _apply(Lambda, P, x) / 2
 
@@ -285,7 +285,7 @@ def final_state(
     L = check_tensors(u=(u, "real ... L"))["L"]
     batches = {"u": u.shape[:-1]}
     if x0 is not None:
-        check_tensors(x0=(x0, "... n"), Lambda=(Lambda, "... n"))
+        check_tensors(Lambda=(Lambda, "... n"), x0=(x0, "... n"))
         batches["x0"] = x0.shape[:-1]
     if lengths is not None:
         check_lengths(lengths, L)

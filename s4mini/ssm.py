@@ -49,15 +49,16 @@ def promote(**tensors: Tensor) -> tuple[Tensor, ...]:
         The tensors in the order given, all of one dtype.
 
     Raises:
-        TypeError: a tensor is of another dtype.
+        TypeError: a value is no tensor, or of another dtype.
 
     Source: book/ssm.md.
     """
     for name, value in tensors.items():
-        if value.dtype not in _DTYPES:
+        kind = getattr(value, "dtype", type(value).__name__)
+        if not isinstance(value, Tensor) or kind not in _DTYPES:
             raise TypeError(
-                f"{name}: expected single or double precision, real or "
-                f"complex, got {value.dtype}"
+                f"{name}: expected a tensor in single or double precision, "
+                f"real or complex, got {kind}"
             )
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors.values()))
     return tuple(value.to(dtype) for value in tensors.values())
@@ -118,7 +119,7 @@ def impulse_response(system: SSM, t: Tensor) -> Tensor:
         TypeError: system is no SSM, or t is no real floating tensor.
         ValueError: the system's shapes do not fit, or a time is negative.
 
-    Source: Gu et al. 2021, section 2; book/ssm.md.
+    Source: book/ssm.md.
     """
     _check_system(system)
     check_tensors(t=(t, "real T"))

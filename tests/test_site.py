@@ -1,0 +1,380 @@
+"""The rendered site in a browser, with no network: every page, at desktop and phone width.
+
+`make book` builds the site; without it, or without Chromium, these tests are skipped.
+The same checks run on a little site with one defect a page, so that each is seen to bite.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import pytest
+from playwright.sync_api import Error, sync_playwright
+
+from tools.tangle import chapters
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "_build" / "html"
+MATHJAX = ROOT / "book" / "_static" / "mathjax"
+SIZES = {"desktop": (1280, 900), "phone": (360, 740)}
+PAGES = sorted(
+    path.relative_to(SITE).as_posix()
+    for path in SITE.rglob("*.html")
+    if "_static" not in path.relative_to(SITE).parts
+)
+CHAPTERS = [
+    page.relative_to(ROOT).with_suffix("").as_posix()
+    for page in chapters(ROOT)
+    if page.exists() and "{code-cell}" in page.read_text("utf8")
+]
+FLAGS = [
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-default-apps",
+    "--disable-dev-shm-usage",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+# Runs in the page: waits for what loads late, then returns what is wrong with it.
+INSPECT = r"""
+async () => {
+  const found = [];
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const show = (node) => (node.outerHTML || node.data).trim().replace(/\s+/g, " ").slice(0, 120);
+  const until = async (condition, seconds) => {
+    for (const end = Date.now() + 1000 * seconds; !condition() && Date.now() < end; )
+      await new Promise((resume) => setTimeout(resume, 50));
+    return condition();
+  };
+
+  // Mathematics: every formula typeset, none in error, none left as source.
+  const formulas = all(".math").filter((node) => node.textContent.trim());
+  if (formulas.length && !window.MathJax?.startup?.promise) found.push("MathJax: not loaded");
+  await window.MathJax?.startup?.promise;
+  for (const node of formulas)
+    if (!node.querySelector("mjx-container")) found.push("formula not typeset: " + show(node));
+  const errors = "mjx-merror, merror, [data-mjx-error], [data-mml-node=merror]";
+  const undefinedMacros = "mtext[mathcolor=red], [data-mml-node=mtext][fill=red]";
+  for (const node of all(errors + ", " + undefinedMacros))
+    found.push("formula in error: " + show(node.closest("mjx-container") ?? node));
+  const code = "pre, code, script, style, noscript, textarea, mjx-container";
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = texts.nextNode()); )
+    if (/\$\$|\\\(|\\\[|\\begin\{|\{[a-z:]+\}`/.test(node.data) && !node.parentElement.closest(code))
+      found.push("source left in the text: " + show(node));
+
+  // Images: there, and described.
+  for (const image of document.images) {
+    image.loading = "eager";
+    await image.decode().catch(() => {});
+    if (!image.naturalWidth) found.push("image missing: " + show(image));
+    const alt = image.getAttribute("alt");
+    const inFigure = image.closest("figure, .cell_output");
+    if (alt === null || (inFigure && (!alt.trim() || /\.(svg|png|jpe?g|gif)$/.test(alt))))
+      found.push("image without alt text: " + show(image));
+  }
+
+  // Interactive figures: drawn.
+  const drawn = (plot) => plot.querySelector(".main-svg")?.getBoundingClientRect().height > 50;
+  for (const plot of all(".plotly-graph-div"))
+    if (!(await until(() => drawn(plot), 10))) found.push("plotly figure not drawn: " + plot.id);
+
+  // Width: the page does not scroll sideways, and nothing of the text is cut off.
+  const width = document.scrollingElement.clientWidth;
+  const clipped = (node) => {
+    for (let up = node.parentElement; up && up !== document.body; up = up.parentElement)
+      if (getComputedStyle(up).overflowX !== "visible") return true;
+    return false;
+  };
+  const wide = all("article *").filter(
+    (node) => node.getBoundingClientRect().right > width + 1 && !clipped(node));
+  if (document.scrollingElement.scrollWidth > width + 1)
+    found.push("page scrolls sideways: " + (wide.length ? show(wide[0]) : "not the article"));
+  else if (wide.length) found.push("cut off at the right: " + show(wide[0]));
+  return found;
+}
+"""
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@contextmanager
+def served(folder):
+    """Serve a folder on this machine only; yield its address."""
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def find_browser():
+    names = [os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = find_browser()
+    if program is None:
+        pytest.skip("no browser: install chromium, or name one in the variable CHROMIUM")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site():
+    if not (SITE / "index.html").exists():
+        pytest.skip("no site: run `make book` first")
+    with served(SITE) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def windows(browser):
+    """One window of each size, with a cache that its pages share."""
+    windows = {
+        name: browser.new_context(viewport={"width": width, "height": height})
+        for name, (width, height) in SIZES.items()
+    }
+    yield windows
+    for window in windows.values():
+        window.close()
+
+
+@contextmanager
+def opened(window, address):
+    """Open a page; yield it with the list of what goes wrong while it is open."""
+    home, wrong = urlsplit(address).netloc, []
+    page = window.new_page()
+
+    def on_request(request):
+        parts = urlsplit(request.url)
+        if parts.scheme in {"http", "https", "ws", "wss"} and parts.netloc != home:
+            wrong.append(f"request to another host: {request.url}")
+
+    def on_response(response):
+        if response.status >= 400:
+            wrong.append(f"request answered {response.status}: {response.url}")
+
+    def on_failure(request):
+        wrong.append(f"request failed: {request.url} {request.failure}")
+
+    def on_console(message):
+        if message.type == "error":
+            wrong.append(f"console error: {message.text}")
+
+    page.on("request", on_request)
+    page.on("response", on_response)
+    page.on("requestfailed", on_failure)
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: wrong.append(f"page error: {error}"))
+    page.goto(address)
+    page.wait_for_load_state("networkidle")
+    yield page, wrong
+    page.close()
+
+
+def problems(window, address):
+    """Return all that is wrong with a page."""
+    with opened(window, address) as (page, wrong):
+        wrong += page.evaluate(INSPECT)
+        page.wait_for_load_state("networkidle")
+        return wrong
+
+
+class Links(HTMLParser):
+    """Collects a page's anchors and the addresses it links to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.anchors, self.links = set(), []
+        self.feed(path.read_text("utf8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.anchors |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
+        if tag == "a" and attributes.get("href"):
+            self.links.append(attributes["href"])
+
+
+def broken_links(folder):
+    """Return the links between a site's pages that lead nowhere."""
+    read = functools.cache(Links)
+    broken = []
+    for path in sorted(folder.rglob("*.html")):
+        name = path.relative_to(folder).as_posix()
+        if name.startswith("_static/"):
+            continue
+        for link in read(path).links:
+            parts = urlsplit(urljoin(f"site:///{name}", link))
+            if parts.scheme != "site":
+                continue
+            target = folder / unquote(parts.path).lstrip("/")
+            if not target.is_file():
+                broken.append(f"{name}: no page {link}")
+            elif parts.fragment and target.suffix == ".html":
+                if unquote(parts.fragment) not in read(target).anchors:
+                    broken.append(f"{name}: no anchor {link}")
+    return broken
+
+
+# The book's site.
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PAGES or ["index.html"])
+def test_page(windows, site, name, size):
+    wrong = problems(windows[size], site + name)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_page_of_the_contents_is_rendered(site):
+    pages = {page.relative_to(ROOT).with_suffix(".html").as_posix() for page in chapters(ROOT)}
+    assert pages <= set(PAGES)
+
+
+def test_links_between_pages_lead_somewhere(site):
+    broken = broken_links(SITE)
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_notebook_can_be_downloaded(site, chapter):
+    links = [link for link in Links(SITE / f"{chapter}.html").links if link.endswith(".ipynb")]
+    assert links, "no link to the notebook"
+    with urllib.request.urlopen(urljoin(f"{site}{chapter}.html", links[0])) as answer:
+        assert answer.status == 200
+        cells = json.load(answer)["cells"]
+    assert any(cell["cell_type"] == "code" for cell in cells)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_solutions_are_folded_and_open_on_click(windows, site, chapter):
+    with opened(windows["phone"], f"{site}{chapter}.html") as (page, wrong):
+        solutions = page.locator(".solution.dropdown")
+        if not solutions.count():
+            pytest.skip("no folded solution on this page")
+        for number in range(solutions.count()):
+            solution = solutions.nth(number)
+            body = solution.locator("p:not(.admonition-title), div.cell").first
+            assert not seen(body), "the solution is open before a click"
+            solution.locator(".admonition-title").first.click()
+            page.wait_for_function("node => node.offsetHeight > 0", arg=body.element_handle())
+            assert seen(body), "a click does not open the solution"
+        scrolls = (
+            "document.scrollingElement.scrollWidth > document.scrollingElement.clientWidth + 1"
+        )
+        assert not page.evaluate(scrolls), "an open solution makes the page scroll sideways"
+        assert not wrong, "\n".join(wrong)
+
+
+def seen(locator):
+    """Say whether a reader sees an element: it has a size, and nothing hides it."""
+    return locator.evaluate(
+        "node => node.checkVisibility({opacityProperty: true, visibilityProperty: true})"
+        " && node.getBoundingClientRect().height > 1"
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_search(windows, site, size):
+    with opened(windows[size], f"{site}search.html?q=kernel") as (page, wrong):
+        page.wait_for_selector("#search-results li a", timeout=20_000)
+        found = page.locator("#search-results li a").evaluate_all("all => all.map(a => a.href)")
+        assert any("/book/" in address for address in found)
+        assert not wrong, "\n".join(wrong)
+
+
+# Do the checks bite? One defect a page, and a page without any.
+
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
+GOOD = rf"""
+<p>Half of it costs 5 $ or \alpha: <span class="math">\(x^2\)</span>
+and <code>$$ code $$</code>.</p>
+<div class="math">\[y = \int_0^1 x \, dx\]</div>
+<figure><img src="{PIXEL}" alt="One pixel."></figure> <img src="{PIXEL}" alt="">
+<div style="overflow-x: auto"><div style="width: 2000px">a wide table that scrolls</div></div>
+<div class="plotly-graph-div"><svg class="main-svg" width="100" height="100"></svg></div>
+"""
+DEFECTS = {
+    "request failed": '<script src="http://127.0.0.1:9/closed.js"></script>',
+    "request answered 404": '<link rel="stylesheet" href="absent.css">',
+    "request to another host": '<script src="https://cdn.example.org/x.js"></script>',
+    "console error": "<script>console.error('no')</script>",
+    "page error": "<script>throw new Error('no')</script>",
+    "MathJax: not loaded": "<script>delete window.MathJax</script>",
+    "formula not typeset": '<span class="math">x^2</span>',
+    "formula in error": r'<span class="math">\(\frac{1}\)</span>',
+    "formula in error: ": r'<span class="math">\(\bm{x}\)</span>',
+    "source left in the text": "<p>Here $<b></b>$ is fine, but $$x$$ is not.</p>",
+    "source left in the text: ": "<p>See {eq}`eq-absent`.</p>",
+    "image missing": '<img src="absent.png" alt="Nothing.">',
+    "image without alt text": f'<img src="{PIXEL}">',
+    "image without alt text: ": f'<figure><img src="{PIXEL}" alt=""></figure>',
+    "image without alt text: <img": f'<figure><img src="{PIXEL}" alt="../a/b.svg"></figure>',
+    "page scrolls sideways": '<table style="width: 2000px"><tr><td>wide</td></tr></table>',
+    "cut off at the right": "<style>html, body {overflow-x: hidden}</style>"
+    '<p style="width: 2000px">wide</p>',
+    "plotly figure not drawn": '<div class="plotly-graph-div" id="empty"></div>',
+}
+
+
+@pytest.fixture(scope="module")
+def defective(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("defective")
+    (folder / "mathjax").symlink_to(MATHJAX)
+    head = '<link rel="icon" href="data:,"><script defer src="mathjax/tex-svg-full.js"></script>'
+    for number, body in enumerate(["", *DEFECTS.values()]):
+        text = f"<!doctype html><title>{number}</title>{head}<article>{GOOD}{body}</article>"
+        (folder / f"{number}.html").write_text(text, "utf8")
+    with served(folder) as address:
+        yield address
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_good_page_passes(windows, defective, size):
+    assert problems(windows[size], f"{defective}0.html") == []
+
+
+@pytest.mark.parametrize("number", range(1, len(DEFECTS) + 1), ids=list(DEFECTS))
+def test_each_defect_is_caught(windows, defective, number):
+    expected = list(DEFECTS)[number - 1]
+    wrong = problems(windows["phone"], f"{defective}{number}.html")
+    assert any(item.startswith(expected.rstrip()) for item in wrong), wrong
+    kinds = {item.split(":")[0] for item in wrong}
+    assert len(kinds) == 1 or expected in {
+        "image missing",
+        "request answered 404",
+        "request failed",
+    }
+
+
+def test_broken_links_are_caught(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.html").write_text('<p id="here"><a href="#here"> <a href="sub/b.html#there">')
+    (tmp_path / "sub" / "b.html").write_text(
+        '<a name="there"><a href="../a.html#gone"><a href="c.html"><a href="https://a.org/x#y">'
+    )
+    assert broken_links(tmp_path) == [
+        "sub/b.html: no anchor ../a.html#gone",
+        "sub/b.html: no page c.html",
+    ]
