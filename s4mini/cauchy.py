@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s4mini.checks import check_int, check_tensors
+from s4mini.generating import _check_batch
 
 __all__ = ["nodes", "cauchy_naive", "cauchy"]
 
@@ -61,13 +62,7 @@ def _checked(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, .
     kind = torch.promote_types(kind, torch.promote_types(x.dtype, y.dtype))
     kind = torch.promote_types(kind, torch.complex64)
     real = kind.to_real()
-    try:
-        torch.broadcast_shapes(v.shape[:-2], Lambda.shape[:-1])
-    except RuntimeError:
-        raise ValueError(
-            f"Lambda: expected batch axes that fit {tuple(v.shape[:-2])}, "
-            f"got {tuple(Lambda.shape[:-1])}"
-        ) from None
+    _check_batch(v=v.shape[:-2], Lambda=Lambda.shape[:-1])
     return v.to(kind), Lambda.to(kind), x.to(real), y.to(real)
 
 
@@ -110,9 +105,10 @@ def _features(a: Tensor, m: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
 def _weights(v: Tensor, Lambda: Tensor) -> Tensor:
     """Return the real weights (..., 2k, 2n) of the features."""
     Lambda = Lambda[..., None, :]  # (..., 1, n)
-    u, four_a = v.real, 4 * Lambda.real
+    up, four_a = v * Lambda, 4 * Lambda.real
+    u = v.real.expand_as(up)
     m = Lambda.real**2 + Lambda.imag**2
-    real = torch.cat((2 * (v * Lambda).real, -four_a * m * u), -1)
+    real = torch.cat((2 * up.real, -four_a * m * u), -1)
     imag = torch.cat((2 * u, -four_a * (v * Lambda.conj()).real), -1)
     return torch.cat((real, imag), -2)
 

@@ -15,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -339,7 +339,7 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"images: expected shape (B, W, W, 1 or 3), got {shape}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SequenceData:
     """Labelled images that are read as sequences.
 
@@ -359,8 +359,8 @@ class SequenceData:
     name: str
     title: str
     classes: tuple[str, ...]
-    images: dict[str, Tensor]
-    labels: dict[str, Tensor]
+    images: dict[str, Tensor] = field(repr=False)
+    labels: dict[str, Tensor] = field(repr=False)
     gray: bool
     size: int
     mean: Tensor

@@ -7,6 +7,7 @@ Tangled from book/generating.md.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def truncated_C(E: Tensor, C: Tensor, L: int) -> Tensor:
 
     Args:
         E: (..., N, N) the state matrix less the identity, dimensionless.
-        C: (..., N) output vector, of the same dtype.
+        C: (..., N) output vector; batch axes are broadcast.
         L: length of the kernel, >= 1.
 
     Returns:
@@ -95,8 +96,11 @@ def truncated_C(E: Tensor, C: Tensor, L: int) -> Tensor:
 
     Source: Gu et al. 2022a, algorithm 1, line 1; book/generating.md.
     """
+    L = check_int("L", L)
     check_tensors(E=(E, "... N N"), C=(C, "... N"))
-    return _truncated_C(E, C, check_int("L", L))
+    _check_batch(E=E.shape[:-2], C=C.shape[:-1])
+    kind = torch.promote_types(E.dtype, C.dtype)
+    return _truncated_C(E.to(kind), C.to(kind), L)
 
 
 def _truncated_C(E: Tensor, C: Tensor, L: int) -> Tensor:
@@ -108,3 +112,14 @@ def _truncated_C(E: Tensor, C: Tensor, L: int) -> Tensor:
         if L <= 16:
             return -d
         E, L = 2 * E + E @ E, L // 2  # A_bar^2 - I, and half as many
+
+
+def _check_batch(**shapes: Sequence[int]) -> None:
+    """Refuse batch axes that cannot be broadcast."""
+    try:
+        torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        given = ", ".join(str(tuple(shape)) for shape in shapes.values())
+        raise ValueError(
+            f"{', '.join(shapes)}: expected batch axes that agree, got {given}"
+        ) from None

@@ -1,7 +1,7 @@
 """The S4 kernel.
 
-The whole kernel of a diagonal plus low-rank system, from sums of simple fractions and
-one inverse Fourier transform.
+The whole convolution kernel of a diagonal plus low-rank system, from sums of simple
+fractions, a small correction and one inverse Fourier transform.
 
 Tangled from book/kernel.md.
 """
@@ -11,9 +11,25 @@ from torch import Tensor
 
 from s4mini.cauchy import _cauchy, _cauchy_naive, nodes
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
-from s4mini.generating import _truncated_C
+from s4mini.generating import _check_batch, _truncated_C
 
 __all__ = ["dplr_difference", "dplr_kernel"]
+
+
+def _line_3(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return K_hat (..., M): take one column of P out at a time."""
+    while p.shape[-2] > 1:
+        corner = p[..., -1:, -1:, :]
+        column, row = p[..., :-1, -1:, :], p[..., -1:, :-1, :]
+        p = p[..., :-1, :-1, :] - y * column * row / (1 + y * corner)
+    return torch.complex(y, x / 2) * p[..., 0, 0, :]
+
+
+def _blocks(z: Tensor) -> Tensor:
+    """Return the real matrix that multiplies [Re x; Im x] by z (..., n)."""
+    z = torch.diag_embed(z)
+    top = torch.cat((z.real, -z.imag), -1)
+    return torch.cat((top, torch.cat((z.imag, z.real), -1)), -2)
 
 
 def dplr_difference(Lambda: Tensor, P: Tensor, dt: float | Tensor) -> Tensor:
@@ -52,28 +68,14 @@ def _difference(Lambda: Tensor, P: Tensor, dt: Tensor) -> Tensor:
     return _blocks(z * R) - 2 * dt * (left @ torch.linalg.solve(small, right.mT))
 
 
-def _blocks(z: Tensor) -> Tensor:
-    """Return the real matrix that multiplies [Re x; Im x] by z (..., n)."""
-    z = torch.diag_embed(z)
-    top = torch.cat((z.real, -z.imag), -1)
-    return torch.cat((top, torch.cat((z.imag, z.real), -1)), -2)
-
-
 def _alike(dt: float | Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
     """Examine dt and the batch axes; give all one precision and device."""
     check_positive("dt", dt)
-    kind, shapes = torch.complex64, [getattr(dt, "shape", ())]
+    kind, shapes = torch.complex64, {"dt": getattr(dt, "shape", ())}
     for name, value in tensors.items():
         kind = torch.promote_types(kind, value.dtype)
-        shapes.append(value.shape[: -2 if name == "P" else -1])
-    try:
-        torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        given = ", ".join(str(tuple(shape)) for shape in shapes)
-        names = ", ".join(["dt", *tensors])
-        raise ValueError(
-            f"{names}: expected batch axes that agree, got {given}"
-        ) from None
+        shapes[name] = value.shape[: -2 if name == "P" else -1]
+    _check_batch(**shapes)
     device = tensors["Lambda"].device
     dt = torch.as_tensor(dt, dtype=kind.to_real(), device=device)
     return dt, *(value.to(kind) for value in tensors.values())
@@ -115,15 +117,6 @@ def _line_2(
 
 _BACKENDS = {"torch": _cauchy, "naive": _cauchy_naive}
 _BACKENDS["auto"] = _BACKENDS["torch"]
-
-
-def _line_3(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return K_hat (..., M): take one column of P out at a time."""
-    while p.shape[-2] > 1:
-        corner = p[..., -1:, -1:, :]
-        column, row = p[..., :-1, -1:, :], p[..., -1:, :-1, :]
-        p = p[..., :-1, :-1, :] - y * column * row / (1 + y * corner)
-    return torch.complex(y, x / 2) * p[..., 0, 0, :]
 
 
 def dplr_kernel(

@@ -1,6 +1,6 @@
 """The layer.
 
-The structured system becomes a network layer: one system for each channel, the same
+The structured system becomes a network layer: one system for each channel, and the same
 output whether it is computed in parallel, step by step, or in chunks.
 
 Tangled from book/layer.md.
@@ -51,61 +51,6 @@ def init_dt(
     a, b = math.log(dt_min), math.log(dt_max)
     where = torch.rand(H, dtype=torch.float64, generator=generator)
     return (a + (b - a) * where).exp()
-
-
-def two_sided_conv(u: Tensor, K: Tensor) -> Tensor:
-    """Convolve with one kernel of the past and one of the future.
-
-    Args:
-        u: (..., L) the input, real.
-        K: (2, ..., L) the kernels: K[0] weighs the present and the past,
-            K[1] the future, beginning with the next sample.
-
-    Returns:
-        (..., L), y_k = sum_j K[0]_j u_{k-j} + sum_j K[1]_j u_{k+1+j}.
-
-    Raises:
-        TypeError: an argument is not a floating tensor.
-        ValueError: shapes do not agree, or an entry is not finite.
-
-    Source: book/layer.md.
-    """
-    L = check_tensors(u=(u, "real ... L"), K=(K, "real ... L"))["L"]
-    if K.ndim < 2 or len(K) != 2:
-        raise ValueError(f"K: expected shape (2, ..., L), got {tuple(K.shape)}")
-    circular = torch.cat((K[0], K[1].flip(-1)), -1)  # lags 0 ... L-1, -L ... -1
-    y_hat = torch.fft.rfft(u, n=2 * L) * torch.fft.rfft(circular)
-    return torch.fft.irfft(y_hat, n=2 * L)[..., :L]
-
-
-def mask_padding(u: Tensor, lengths: Tensor) -> Tensor:
-    """Set the steps of each sequence that are padding to zero.
-
-    Args:
-        u: (B, L, H) sequences, padded at their ends; NaN may stand there.
-        lengths: (B,) the steps of each that count, integers in 1 ... L.
-
-    Returns:
-        (B, L, H), zero where a step does not count.
-
-    Raises:
-        TypeError: u is not a tensor, or lengths not one of integers.
-        ValueError: a shape is wrong, or a length is not in 1 ... L.
-
-    Source: book/layer.md.
-    """
-    if not isinstance(u, Tensor):
-        raise TypeError(f"u: expected a tensor, got {type(u).__name__}")
-    if u.ndim != 3:
-        raise ValueError(f"u: expected (B, L, H), got {tuple(u.shape)}")
-    check_lengths(lengths, u.shape[1])
-    if lengths.shape != u.shape[:1]:
-        raise ValueError(
-            f"lengths: expected shape ({len(u)},), got {tuple(lengths.shape)}"
-        )
-    steps = torch.arange(u.shape[1], device=u.device)
-    valid = (steps < lengths[:, None])[..., None]  # (B, L, 1)
-    return torch.where(valid, u, torch.zeros_like(u))
 
 
 def _parameter(value: Tensor) -> nn.Parameter:
@@ -163,6 +108,61 @@ class _Systems(nn.Module):
         """Return the kernels (H, L), or (2, H, L) of past and future."""
         Lambda, P, B, C, dt = self.system(rate)
         return dplr_kernel(Lambda, P, B, C, dt, L)
+
+
+def two_sided_conv(u: Tensor, K: Tensor) -> Tensor:
+    """Convolve with one kernel of the past and one of the future.
+
+    Args:
+        u: (..., L) the input, real.
+        K: (2, ..., L) the kernels: K[0] weighs the present and the past,
+            K[1] the future, beginning with the next sample.
+
+    Returns:
+        (..., L), y_k = sum_j K[0]_j u_{k-j} + sum_j K[1]_j u_{k+1+j}.
+
+    Raises:
+        TypeError: an argument is not a floating tensor.
+        ValueError: shapes do not agree, or an entry is not finite.
+
+    Source: book/layer.md.
+    """
+    L = check_tensors(u=(u, "real ... L"), K=(K, "real ... L"))["L"]
+    if K.ndim < 2 or len(K) != 2:
+        raise ValueError(f"K: expected shape (2, ..., L), got {tuple(K.shape)}")
+    circular = torch.cat((K[0], K[1].flip(-1)), -1)  # (..., 2 L)
+    y_hat = torch.fft.rfft(u, n=2 * L) * torch.fft.rfft(circular)
+    return torch.fft.irfft(y_hat, n=2 * L)[..., :L]
+
+
+def mask_padding(u: Tensor, lengths: Tensor) -> Tensor:
+    """Set the steps of each sequence that are padding to zero.
+
+    Args:
+        u: (B, L, H) sequences, padded at their ends; NaN may stand there.
+        lengths: (B,) the steps of each that count, integers in 1 ... L.
+
+    Returns:
+        (B, L, H), zero where a step does not count.
+
+    Raises:
+        TypeError: u is not a tensor, or lengths not one of integers.
+        ValueError: a shape is wrong, or a length is not in 1 ... L.
+
+    Source: book/layer.md.
+    """
+    if not isinstance(u, Tensor):
+        raise TypeError(f"u: expected a tensor, got {type(u).__name__}")
+    if u.ndim != 3:
+        raise ValueError(f"u: expected (B, L, H), got {tuple(u.shape)}")
+    check_lengths(lengths, u.shape[1])
+    if lengths.shape != u.shape[:1]:
+        raise ValueError(
+            f"lengths: expected shape ({len(u)},), got {tuple(lengths.shape)}"
+        )
+    steps = torch.arange(u.shape[1], device=u.device)
+    valid = (steps < lengths[:, None])[..., None]  # (B, L, 1)
+    return torch.where(valid, u, torch.zeros_like(u))
 
 
 def _check_input(layer: _Systems, u: Tensor, axes: str) -> Tensor:

@@ -164,6 +164,18 @@ class S4Block(nn.Module):
         return self.dropout(F.glu(self.mix(v), dim=-1))
 
 
+def _pool(u: Tensor, pool: str, lengths: Tensor | None) -> Tensor:
+    """Pool u (B, L, H), zero after lengths, over time."""
+    if pool == "none":
+        return u
+    if pool == "last":
+        last = -1 if lengths is None else lengths - 1
+        return u[torch.arange(len(u), device=u.device), last]
+    if lengths is None:
+        return u.mean(1)
+    return mask_padding(u, lengths).sum(1) / lengths[:, None]
+
+
 class ModelState(NamedTuple):
     """What a model remembers between two steps.
 
@@ -178,18 +190,6 @@ class ModelState(NamedTuple):
     layers: tuple[Tensor, ...]
     mean: Tensor
     count: int
-
-
-def _pool(u: Tensor, pool: str, lengths: Tensor | None) -> Tensor:
-    """Pool u (B, L, H), zero after lengths, over time."""
-    if pool == "none":
-        return u
-    if pool == "last":
-        last = -1 if lengths is None else lengths - 1
-        return u[torch.arange(len(u), device=u.device), last]
-    if lengths is None:
-        return u.mean(1)
-    return mask_padding(u, lengths).sum(1) / lengths[:, None]
 
 
 class S4Model(nn.Module):

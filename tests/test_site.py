@@ -7,10 +7,8 @@ The same checks run on a little site with one defect a page, so that each is see
 import functools
 import json
 import os
-import re
 import shutil
 import threading
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -19,7 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
-from playwright.sync_api import Error, sync_playwright
+from playwright.sync_api import sync_playwright
 
 from tools.tangle import chapters
 
@@ -30,7 +28,7 @@ SIZES = {"desktop": (1280, 900), "phone": (360, 740)}
 PAGES = sorted(
     path.relative_to(SITE).as_posix()
     for path in SITE.rglob("*.html")
-    if "_static" not in path.relative_to(SITE).parts
+    if "_static" not in path.relative_to(SITE).parts and path != SITE / "index.html"
 )
 CHAPTERS = [
     page.relative_to(ROOT).with_suffix("").as_posix()
@@ -72,8 +70,9 @@ async () => {
     found.push("formula in error: " + show(node.closest("mjx-container") ?? node));
   const code = "pre, code, script, style, noscript, textarea, mjx-container";
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const source = /\$\$|\\\(|\\\[|\\begin\{|\{[a-z:]+\}`/;
   for (let node; (node = texts.nextNode()); )
-    if (/\$\$|\\\(|\\\[|\\begin\{|\{[a-z:]+\}`/.test(node.data) && !node.parentElement.closest(code))
+    if (source.test(node.data) && !node.parentElement.closest(code))
       found.push("source left in the text: " + show(node));
 
   // Images: there, and described.
@@ -94,16 +93,32 @@ async () => {
 
   // Width: the page does not scroll sideways, and nothing of the text is cut off.
   const width = document.scrollingElement.clientWidth;
-  const clipped = (node) => {
-    for (let up = node.parentElement; up && up !== document.body; up = up.parentElement)
-      if (getComputedStyle(up).overflowX !== "visible") return true;
-    return false;
-  };
-  const wide = all("article *").filter(
-    (node) => node.getBoundingClientRect().right > width + 1 && !clipped(node));
+  const scrolls = (node) => node && node !== document.body
+    && (/auto|scroll/.test(getComputedStyle(node).overflowX) || scrolls(node.parentElement));
+  const wide = all("article *").filter((node) =>
+    node instanceof HTMLElement && node.checkVisibility({visibilityProperty: true})
+    && node.getBoundingClientRect().right > width + 1
+    && !node.closest("mjx-container, svg, .visually-hidden") && !scrolls(node.parentElement));
   if (document.scrollingElement.scrollWidth > width + 1)
     found.push("page scrolls sideways: " + (wide.length ? show(wide[0]) : "not the article"));
   else if (wide.length) found.push("cut off at the right: " + show(wide[0]));
+  return found;
+}
+"""
+# Runs in the page: opens every folded solution by its button; returns those that do not fold.
+UNFOLD = r"""
+async () => {
+  const found = [];
+  for (const solution of document.querySelectorAll(".solution.dropdown")) {
+    const body = solution.querySelector("p:not(.admonition-title), div.cell");
+    const seen = () => body.checkVisibility({opacityProperty: true, visibilityProperty: true})
+      && body.getBoundingClientRect().height > 1;
+    if (seen()) found.push("solution not folded: " + solution.id);
+    solution.querySelector(".toggle-button")?.click();
+    for (let wait = 0; wait < 20 && !seen(); wait++)
+      await new Promise((resume) => setTimeout(resume, 50));
+    if (!seen()) found.push("solution does not open: " + solution.id);
+  }
   return found;
 }
 """
@@ -112,6 +127,12 @@ async () => {
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
+
+    def do_GET(self):
+        if self.path != "/favicon.ico":
+            return super().do_GET()
+        self.send_response(204)  # browsers ask for it where a page, such as index.html, names none
+        self.end_headers()
 
 
 @contextmanager
@@ -163,10 +184,11 @@ def windows(browser):
 @contextmanager
 def opened(window, address):
     """Open a page; yield it with the list of what goes wrong while it is open."""
-    home, wrong = urlsplit(address).netloc, []
+    home, wrong, pending = urlsplit(address).netloc, [], set()
     page = window.new_page()
 
     def on_request(request):
+        pending.add(request)
         parts = urlsplit(request.url)
         if parts.scheme in {"http", "https", "ws", "wss"} and parts.netloc != home:
             wrong.append(f"request to another host: {request.url}")
@@ -176,6 +198,7 @@ def opened(window, address):
             wrong.append(f"request answered {response.status}: {response.url}")
 
     def on_failure(request):
+        pending.discard(request)
         wrong.append(f"request failed: {request.url} {request.failure}")
 
     def on_console(message):
@@ -185,20 +208,25 @@ def opened(window, address):
     page.on("request", on_request)
     page.on("response", on_response)
     page.on("requestfailed", on_failure)
+    page.on("requestfinished", pending.discard)
     page.on("console", on_console)
     page.on("pageerror", lambda error: wrong.append(f"page error: {error}"))
     page.goto(address)
-    page.wait_for_load_state("networkidle")
     yield page, wrong
+    for _ in range(100):
+        if not pending:
+            break
+        page.wait_for_timeout(50)
+    wrong += [f"request not answered: {request.url}" for request in pending]
     page.close()
 
 
 def problems(window, address):
     """Return all that is wrong with a page."""
     with opened(window, address) as (page, wrong):
+        wrong += page.evaluate(UNFOLD)
         wrong += page.evaluate(INSPECT)
-        page.wait_for_load_state("networkidle")
-        return wrong
+    return wrong
 
 
 class Links(HTMLParser):
@@ -225,8 +253,8 @@ def broken_links(folder):
         if name.startswith("_static/"):
             continue
         for link in read(path).links:
-            parts = urlsplit(urljoin(f"site:///{name}", link))
-            if parts.scheme != "site":
+            parts = urlsplit(urljoin(f"http://site/{name}", link))
+            if parts.netloc != "site":
                 continue
             target = folder / unquote(parts.path).lstrip("/")
             if not target.is_file():
@@ -241,7 +269,7 @@ def broken_links(folder):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", PAGES or ["index.html"])
+@pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
 def test_page(windows, site, name, size):
     wrong = problems(windows[size], site + name)
     assert not wrong, "\n".join(wrong)
@@ -252,6 +280,13 @@ def test_every_page_of_the_contents_is_rendered(site):
     assert pages <= set(PAGES)
 
 
+def test_index_leads_to_the_first_page(windows, site):
+    with opened(windows["desktop"], f"{site}index.html") as (page, wrong):
+        first = chapters(ROOT)[0].relative_to(ROOT).with_suffix(".html").as_posix()
+        page.wait_for_url(site + first)
+    assert not wrong, "\n".join(wrong)
+
+
 def test_links_between_pages_lead_somewhere(site):
     broken = broken_links(SITE)
     assert not broken, "\n".join(broken)
@@ -259,6 +294,7 @@ def test_links_between_pages_lead_somewhere(site):
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_notebook_can_be_downloaded(site, chapter):
+    assert f"{chapter}.html" in PAGES, "the chapter is not rendered"
     links = [link for link in Links(SITE / f"{chapter}.html").links if link.endswith(".ipynb")]
     assert links, "no link to the notebook"
     with urllib.request.urlopen(urljoin(f"{site}{chapter}.html", links[0])) as answer:
@@ -267,41 +303,13 @@ def test_notebook_can_be_downloaded(site, chapter):
     assert any(cell["cell_type"] == "code" for cell in cells)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_solutions_are_folded_and_open_on_click(windows, site, chapter):
-    with opened(windows["phone"], f"{site}{chapter}.html") as (page, wrong):
-        solutions = page.locator(".solution.dropdown")
-        if not solutions.count():
-            pytest.skip("no folded solution on this page")
-        for number in range(solutions.count()):
-            solution = solutions.nth(number)
-            body = solution.locator("p:not(.admonition-title), div.cell").first
-            assert not seen(body), "the solution is open before a click"
-            solution.locator(".admonition-title").first.click()
-            page.wait_for_function("node => node.offsetHeight > 0", arg=body.element_handle())
-            assert seen(body), "a click does not open the solution"
-        scrolls = (
-            "document.scrollingElement.scrollWidth > document.scrollingElement.clientWidth + 1"
-        )
-        assert not page.evaluate(scrolls), "an open solution makes the page scroll sideways"
-        assert not wrong, "\n".join(wrong)
-
-
-def seen(locator):
-    """Say whether a reader sees an element: it has a size, and nothing hides it."""
-    return locator.evaluate(
-        "node => node.checkVisibility({opacityProperty: true, visibilityProperty: true})"
-        " && node.getBoundingClientRect().height > 1"
-    )
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_search(windows, site, size):
     with opened(windows[size], f"{site}search.html?q=kernel") as (page, wrong):
         page.wait_for_selector("#search-results li a", timeout=20_000)
         found = page.locator("#search-results li a").evaluate_all("all => all.map(a => a.href)")
-        assert any("/book/" in address for address in found)
-        assert not wrong, "\n".join(wrong)
+    assert any("/book/" in address for address in found)
+    assert not wrong, "\n".join(wrong)
 
 
 # Do the checks bite? One defect a page, and a page without any.
@@ -314,37 +322,46 @@ and <code>$$ code $$</code>.</p>
 <figure><img src="{PIXEL}" alt="One pixel."></figure> <img src="{PIXEL}" alt="">
 <div style="overflow-x: auto"><div style="width: 2000px">a wide table that scrolls</div></div>
 <div class="plotly-graph-div"><svg class="main-svg" width="100" height="100"></svg></div>
+<div class="solution dropdown"><p hidden>So it is.</p>
+<button class="toggle-button" onclick="previousElementSibling.hidden = false">+</button></div>
 """
-DEFECTS = {
-    "request failed": '<script src="http://127.0.0.1:9/closed.js"></script>',
-    "request answered 404": '<link rel="stylesheet" href="absent.css">',
-    "request to another host": '<script src="https://cdn.example.org/x.js"></script>',
-    "console error": "<script>console.error('no')</script>",
-    "page error": "<script>throw new Error('no')</script>",
-    "MathJax: not loaded": "<script>delete window.MathJax</script>",
-    "formula not typeset": '<span class="math">x^2</span>',
-    "formula in error": r'<span class="math">\(\frac{1}\)</span>',
-    "formula in error: ": r'<span class="math">\(\bm{x}\)</span>',
-    "source left in the text": "<p>Here $<b></b>$ is fine, but $$x$$ is not.</p>",
-    "source left in the text: ": "<p>See {eq}`eq-absent`.</p>",
-    "image missing": '<img src="absent.png" alt="Nothing.">',
-    "image without alt text": f'<img src="{PIXEL}">',
-    "image without alt text: ": f'<figure><img src="{PIXEL}" alt=""></figure>',
-    "image without alt text: <img": f'<figure><img src="{PIXEL}" alt="../a/b.svg"></figure>',
-    "page scrolls sideways": '<table style="width: 2000px"><tr><td>wide</td></tr></table>',
-    "cut off at the right": "<style>html, body {overflow-x: hidden}</style>"
-    '<p style="width: 2000px">wide</p>',
-    "plotly figure not drawn": '<div class="plotly-graph-div" id="empty"></div>',
-}
+DEFECTS = [
+    ("request failed", '<script src="http://127.0.0.1:9/closed.js"></script>'),
+    ("request answered 404", '<link rel="stylesheet" href="absent.css">'),
+    ("request to another host", '<script src="https://cdn.example.org/x.js"></script>'),
+    ("console error", "<script>console.error('no')</script>"),
+    ("page error", "<script>throw new Error('no')</script>"),
+    ("MathJax: not loaded", ""),
+    ("formula not typeset", '<span class="math">x^2</span>'),
+    ("formula in error", r'<span class="math">\(\frac{1}\)</span>'),
+    ("formula in error", r'<span class="math">\(\bm{x}\)</span>'),
+    ("source left in the text", "<p>Not typeset: $$x$$.</p>"),
+    ("source left in the text", r"<p>Not typeset: \(x\).</p>"),
+    ("source left in the text", "<p>See {eq}`eq-absent`.</p>"),
+    ("image missing", '<img src="absent.png" alt="Nothing.">'),
+    ("image missing", '<img loading="lazy" style="margin-top: 9999px" src="x.svg" alt="No.">'),
+    ("image without alt text", f'<img src="{PIXEL}">'),
+    ("image without alt text", f'<figure><img src="{PIXEL}" alt=""></figure>'),
+    ("image without alt text", f'<figure><img src="{PIXEL}" alt="../a/b.svg"></figure>'),
+    ("page scrolls sideways", '<p style="width: 2000px">wide</p>'),
+    ("cut off at the right", "<div style='overflow: hidden'><p style='width: 2000px'>wide"),
+    ("solution not folded", '<div class="solution dropdown"><p>Open.</p></div>'),
+    ("solution does not open", '<div class="solution dropdown"><p hidden>Shut.</p></div>'),
+    ("plotly figure not drawn", '<div class="plotly-graph-div" id="empty"></div>'),
+]
+# As on the book's pages: only what Sphinx marks as mathematics is typeset.
+HEAD = """<!doctype html><meta charset="utf-8"><title>A page</title><link rel="icon" href="data:,">
+<script>window.MathJax = {"options": {"processHtmlClass": "math"}}</script>
+<script defer src="mathjax/tex-svg-full.js"></script>"""
 
 
 @pytest.fixture(scope="module")
 def defective(tmp_path_factory):
     folder = tmp_path_factory.mktemp("defective")
     (folder / "mathjax").symlink_to(MATHJAX)
-    head = '<link rel="icon" href="data:,"><script defer src="mathjax/tex-svg-full.js"></script>'
-    for number, body in enumerate(["", *DEFECTS.values()]):
-        text = f"<!doctype html><title>{number}</title>{head}<article>{GOOD}{body}</article>"
+    for number, (defect, body) in enumerate([("", ""), *DEFECTS]):
+        head = HEAD.partition("<script>")[0] if defect == "MathJax: not loaded" else HEAD
+        text = f'{head}<article class="mathjax_ignore">{GOOD}{body}</article>'
         (folder / f"{number}.html").write_text(text, "utf8")
     with served(folder) as address:
         yield address
@@ -355,17 +372,12 @@ def test_a_good_page_passes(windows, defective, size):
     assert problems(windows[size], f"{defective}0.html") == []
 
 
-@pytest.mark.parametrize("number", range(1, len(DEFECTS) + 1), ids=list(DEFECTS))
-def test_each_defect_is_caught(windows, defective, number):
-    expected = list(DEFECTS)[number - 1]
+@pytest.mark.parametrize(
+    ("number", "defect"), [(n, defect) for n, (defect, _) in enumerate(DEFECTS, 1)]
+)
+def test_each_defect_is_caught(windows, defective, number, defect):
     wrong = problems(windows["phone"], f"{defective}{number}.html")
-    assert any(item.startswith(expected.rstrip()) for item in wrong), wrong
-    kinds = {item.split(":")[0] for item in wrong}
-    assert len(kinds) == 1 or expected in {
-        "image missing",
-        "request answered 404",
-        "request failed",
-    }
+    assert any(item.startswith(defect) for item in wrong), wrong
 
 
 def test_broken_links_are_caught(tmp_path):

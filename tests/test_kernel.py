@@ -1,0 +1,213 @@
+"""The kernel of a diagonal plus low-rank system."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s4mini.convolve import krylov_kernel
+from s4mini.discretize import discretize
+from s4mini.hippo import hippo
+from s4mini.kernel import dplr_difference, dplr_kernel
+from s4mini.nplr import half_spectrum, nplr, real_form
+
+
+def random_system(*batch, n=4, r=1, seed=0):
+    """Return Lambda, P, B, C of random stable half spectra."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(*batch, n, r + 3, generator=generator, dtype=torch.complex128)
+    Lambda = torch.complex(-0.05 - z[..., 0].real.abs(), 6 * z[..., 0].imag)
+    return Lambda, z[..., 3:], z[..., 1], z[..., 2]
+
+
+def legs(N, seed=0):
+    """Return the LegS half spectrum with a random C, and C itself."""
+    modes = half_spectrum(nplr("legs", N))
+    generator = torch.Generator().manual_seed(seed)
+    C = torch.randn(N, generator=generator, dtype=torch.float64)
+    return (modes.Lambda, modes.P, modes.B, C.to(modes.V) @ modes.V), C
+
+
+def dense(Lambda, P, B, C, dt, L):
+    A, B, C = real_form(Lambda, P, B, C)
+    return krylov_kernel(*discretize(A, B, dt), C, L)
+
+
+def error(K, exact):
+    return ((K - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "naive"])
+@pytest.mark.parametrize("dt", [1e-3, 1e-1])
+@pytest.mark.parametrize("N", [2, 4, 16, 64])
+def test_legs_against_the_dense_recurrence(N, dt, backend):
+    system, C = legs(N)
+    slow = krylov_kernel(*discretize(*hippo("legs", N), dt), C, 1000)
+    for L in (1, 2, 3, 15, 16, 17, 1000):
+        K = dplr_kernel(*system, dt, L, backend)
+        assert K.shape == (L,) and K.dtype == torch.float64
+        assert error(K, slow[:L]) < 1e-12
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    n=st.integers(1, 6),
+    r=st.integers(1, 3),
+    L=st.integers(1, 70),
+    dt=st.floats(1e-4, 1.0),
+    seed=st.integers(0, 999),
+)
+def test_any_rank_and_length(n, r, L, dt, seed):
+    system = random_system(n=n, r=r, seed=seed)
+    for backend in ("torch", "naive"):
+        K, slow = dplr_kernel(*system, dt, L, backend), dense(*system, dt, L)
+        scale = max(slow.abs().max().item(), 1e-3 * dt)  # small by cancellation
+        assert (K - slow).abs().max() < 1e-10 * scale
+
+
+@pytest.mark.parametrize("dt", [1e-4, 1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("L", [256, 1000, 4096, 16384])
+def test_single_precision(L, dt):
+    system, _ = legs(64)
+    exact = dplr_kernel(*system, dt, L)
+    K = dplr_kernel(*(t.to(torch.complex64) for t in system), dt, L)
+    assert K.dtype == torch.float32
+    assert error(K.double(), exact) < 5e-6
+
+
+def test_channels_with_their_own_step():
+    system = random_system(5, r=2)
+    dt = torch.logspace(-3, 0, 5, dtype=torch.float64)
+    K = dplr_kernel(*system, dt, 50)
+    for h in range(5):
+        one = [t[h] for t in system]
+        assert error(K[h], dense(*one, dt[h].item(), 50)) < 1e-11
+
+
+def test_batch_axes_broadcast():
+    Lambda, P, B, C = random_system(3, r=2)
+    directions = torch.stack((C, -2 * C))  # (2, 3, n)
+    examples = torch.stack((B, 3 * B, B, B))[:, None]  # (4, 1, 3, n)
+    dt = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    K = dplr_kernel(Lambda, P, examples, directions, dt, 20)
+    assert K.shape == (4, 2, 3, 20)
+    assert torch.allclose(K[1, 1], -6 * dplr_kernel(Lambda, P, B, C, dt, 20))
+    K = dplr_kernel(Lambda[0], P[0], B[0], C[0], dt, 20)
+    assert torch.allclose(K[2], dplr_kernel(Lambda[0], P[0], B[0], C[0], 0.3, 20))
+
+
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+@pytest.mark.parametrize("L", [1, 2, 5, 20])
+def test_gradients(L, backend):
+    system = random_system(2, n=2, r=2)
+    dt = torch.tensor([0.1, 0.8], dtype=torch.float64)
+    inputs = [t.clone().requires_grad_() for t in (*system, dt)]
+    assert torch.autograd.gradcheck(lambda *t: dplr_kernel(*t, L, backend), inputs)
+
+
+def test_gradients_of_the_backends_agree_in_single_precision():
+    system, _ = legs(64)
+    grads = []
+    for backend, dtype in (("torch", torch.complex64), ("naive", torch.complex128)):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in system]
+        dplr_kernel(*inputs, 0.01, 512, backend).square().sum().backward()
+        grads.append([t.grad.to(torch.complex128) for t in inputs])
+    for one, two in zip(*grads, strict=True):
+        assert error(one, two) < 1e-4
+
+
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_difference_is_the_bilinear_rule(r):
+    Lambda, P, B, C = random_system(2, r=r)
+    A, B, _ = real_form(Lambda, P, B, C)
+    for dt in (1e-3, 0.1, 1.0):
+        A_bar, _ = discretize(A, B, dt)
+        assert torch.allclose(dplr_difference(Lambda, P, dt), A_bar - torch.eye(8), atol=1e-13)
+
+
+def test_difference_keeps_its_digits_at_small_steps():
+    Lambda, P, _, _ = random_system(r=1)
+    exact = dplr_difference(Lambda, P, 1e-7)
+    single = dplr_difference(Lambda.to(torch.complex64), P.to(torch.complex64), 1e-7)
+    assert ((single.double() - exact).abs() / exact.abs().max()).max() < 1e-6
+
+
+def test_a_length_is_a_piece_of_a_longer_one():
+    system = random_system(r=2)
+    K = dplr_kernel(*system, 0.01, 1000)
+    for L in (1, 2, 99, 512):
+        assert torch.allclose(dplr_kernel(*system, 0.01, L), K[:L], atol=1e-13)
+
+
+def test_a_very_long_kernel():
+    system = random_system(n=2)
+    K = dplr_kernel(*(t.to(torch.complex64) for t in system), 1e-4, 10**6)
+    assert error(K[:1000].double(), dplr_kernel(*system, 1e-4, 1000)) < 1e-5
+
+
+def test_autocast_is_switched_off():
+    system = [t.to(torch.complex64) for t in legs(16)[0]]
+    plain = dplr_kernel(*system, 0.01, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(dplr_kernel(*system, 0.01, 64), plain)
+
+
+def test_inputs_are_left_alone():
+    system = random_system(2)
+    before = [t.clone() for t in system]
+    dplr_kernel(*system, 0.1, 30)
+    assert all(torch.equal(a, b) for a, b in zip(system, before, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+def test_on_a_gpu(backend):
+    system, _ = legs(64)
+    exact = dplr_kernel(*system, 0.01, 1000)
+    K = dplr_kernel(*(t.cuda() for t in system), 0.01, 1000, backend)
+    assert K.is_cuda and error(K.cpu(), exact) < 1e-12
+
+
+GOOD = dict(zip(("Lambda", "P", "B", "C"), random_system(3), strict=True), dt=0.1, L=8)
+BAD = [
+    (TypeError, "Lambda", {"Lambda": [1.0]}),
+    (TypeError, "P", {"P": torch.ones(3, 4, 1, dtype=torch.int64)}),
+    (ValueError, "P", {"P": torch.ones(4)}),
+    (ValueError, "P", {"P": torch.ones(3, 5, 1)}),
+    (ValueError, "B", {"B": torch.ones(3, 5)}),
+    (ValueError, "C", {"C": torch.full((3, 4), math.nan)}),
+    (ValueError, "dt, Lambda, P, B, C", {"B": torch.ones(2, 4)}),
+    (ValueError, "dt, Lambda, P, B, C", {"dt": torch.ones(2)}),
+    (ValueError, "dt", {"dt": 0.0}),
+    (ValueError, "dt", {"dt": torch.tensor([0.1, -0.1, 0.1])}),
+    (ValueError, "dt", {"dt": math.inf}),
+    (TypeError, "dt", {"dt": torch.tensor(0.1 + 0j)}),
+    (TypeError, "dt", {"dt": "small"}),
+    (TypeError, "L", {"L": 8.0}),
+    (TypeError, "L", {"L": True}),
+    (ValueError, "L", {"L": 0}),
+    (ValueError, "backend", {"backend": "fast"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "change"), BAD)
+def test_bad_calls(kind, name, change):
+    with pytest.raises(kind, match=f"^{name}: "):
+        dplr_kernel(**{**GOOD, **change})
+
+
+def test_an_unknown_backend_is_told_the_known_ones():
+    with pytest.raises(ValueError, match="'torch', 'naive', 'auto'"):
+        dplr_kernel(**GOOD, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "change"),
+    [row for row in BAD if set(row[2]) <= {"Lambda", "P", "dt"} and "B" not in row[1]],
+)
+def test_bad_differences(kind, name, change):
+    arguments = {name: GOOD[name] for name in ("Lambda", "P", "dt")}
+    with pytest.raises(kind, match=f"^{name}: "):
+        dplr_difference(**{**arguments, **change})
