@@ -78,6 +78,17 @@ def offer_notebook(app, pagename, templatename, context, doctree):
         context["ipynb_source"] = f"{pagename}.ipynb"
 
 
+def drop_thebe(app, pagename, templatename, context, doctree):
+    """Leave out the scripts of Thebe: it runs cells on another host, and this site has none."""
+
+    def wanted(script):
+        attributes = getattr(script, "attributes", {})
+        return "thebe" not in f"{script} {attributes.get('body', '')}".lower()
+
+    for kind in ("script_files", "css_files"):
+        context[kind] = [script for script in context[kind] if wanted(script)]
+
+
 def copy_plotly(app, exception):
     """Copy plotly.js out of its Python package into the site."""
     if exception is None and app.builder.format == "html":
@@ -101,5 +112,6 @@ def setup(app):
     app.connect("autodoc-process-docstring", link_back)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-page-context", offer_notebook, priority=400)  # the theme's buttons: 500
+    app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_plotly)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -208,7 +208,7 @@ def opened(window, address):
     page.on("request", on_request)
     page.on("response", on_response)
     page.on("requestfailed", on_failure)
-    page.on("requestfinished", pending.discard)
+    page.on("requestfinished", lambda request: pending.discard(request))
     page.on("console", on_console)
     page.on("pageerror", lambda error: wrong.append(f"page error: {error}"))
     page.goto(address)
