@@ -19,6 +19,7 @@ import s4mini
 
 __all__ = ["COLORS", "use_style", "show", "recorded"]
 
+#: Eight colours that colour-blind readers can tell apart, by name.
 COLORS = {
     "blue": "#0072B2",
     "orange": "#E69F00",

@@ -281,11 +281,19 @@ class S4Model(nn.Module):
         """
         if lengths is not None:
             u = mask_padding(u, lengths)
-        check_tensors(u=(u, f"real B L {self.d_input}"))
-        u = self.encoder(u)
+        u = self._encode(u, "B L")
         for block in self.blocks:
             u, _ = block(u, None, lengths, rate)
         return self.decoder(_pool(self.norm(u), self.pool, lengths))
+
+    def _encode(self, u: Tensor, axes: str) -> Tensor:
+        """Examine u, and map it to the channels."""
+        check_tensors(u=(u, f"real {axes} {self.d_input}"))
+        dtype = self.encoder.weight.dtype
+        mixed = torch.is_autocast_enabled(u.device.type)
+        if u.dtype != dtype and not mixed:
+            raise TypeError(f"u: expected {dtype} like the model, got {u.dtype}")
+        return self.encoder(u)
 
     def initial_state(self, batch: int) -> ModelState:
         """Return the state of a fresh start for a batch of sequences."""
@@ -303,8 +311,7 @@ class S4Model(nn.Module):
                 "state: expected a ModelState, such as "
                 f"model.initial_state(batch), got {kind}"
             )
-        check_tensors(u=(u, f"real B {self.d_input}"))
-        u, layers = self.encoder(u), []
+        u, layers = self._encode(u, "B"), []
         for block, x in zip(self.blocks, state.layers, strict=True):
             u, x = block.step(u, x, rate)
             layers.append(x)

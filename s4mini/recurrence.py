@@ -102,7 +102,7 @@ def dplr_step(
         TypeError: an argument is no tensor, or u is not real.
         ValueError: shapes do not agree, an entry is not finite, or dt <= 0.
 
-    Source: Gu et al. 2022a, section 3.3; book/recurrence.md.
+    Source: Gu et al. 2022a, theorem 2; book/recurrence.md.
     """
     check_tensors(Lambda=(Lambda, "... n"), x=(x, "... n"), u=(u, "real ..."))
     dt = _check_system(Lambda, P, B, C, dt, u=u.shape, x=x.shape[:-1])
@@ -246,6 +246,7 @@ def _final_state(Lambda, P, B, dt, u, x0, lengths):
 
 def _real(x):
     """Write a half state in real coordinates, [Re x; Im x]."""
+    x = x + 0j  # complex also where a caller's vector is real
     return torch.cat((x.real, x.imag), -1)
 
 

@@ -235,7 +235,7 @@ def lab_folder(folder):
         if (ROOT / settings).exists():
             (folder / "book").mkdir(exist_ok=True)
             shutil.copy(ROOT / settings, folder / settings)
-    served = re.search(r"jupyter lab\s*(\w*)$", (ROOT / "Makefile").read_text("utf8"), re.MULTILINE)
+    served = re.search(r"jupyter lab *(\w*)$", (ROOT / "Makefile").read_text("utf8"), re.MULTILINE)
     assert served, "make lab: expected 'jupyter lab' and at most a folder"
     return folder / served[1]
 

@@ -103,6 +103,16 @@ def test_state_dict_and_seed():
     assert torch.equal(other(u), model(u))
 
 
+def test_mixed_precision():
+    """Autocast keeps the model close to its full precision."""
+    model, u = make().float(), signal(2, 30, 2).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(u)
+        y_step, _ = model.step(u[:, 0], model.initial_state(2))
+    assert relative(y.float(), model(u)) < 0.1
+    assert relative(y_step.float(), model(u[:, :1])) < 0.1
+
+
 def test_rate_reaches_the_layers():
     model, t = make(dt_max=1e-2), torch.arange(600, dtype=torch.float64) / 100
     u = torch.stack((torch.sin(t), torch.cos(t / 2)), -1)[None]
@@ -154,6 +164,7 @@ def test_bad_model(error, name, changed):
 U = signal(2, 5, 2)
 BAD_FORWARD = [
     (TypeError, "u", {"u": None}),
+    (TypeError, "u", {"u": U.float()}),
     (ValueError, "u", {"u": U[0]}),
     (ValueError, "u", {"u": U[..., :1]}),
     (ValueError, "u", {"u": U * float("inf")}),
