@@ -1,1 +1,169 @@
-"""Placeholder while the chapters are being written."""
+"""s4mini: structured state space models, from the book that derives them.
+
+A book that starts with x' = Ax + Bu and ends with a network trained on real
+images, in which every formula runs, and the small library that is woven from
+it.
+
+Each module is a chapter of the book:
+
+    checks      Errors that help
+    ssm         State spaces
+    discretize  From time to steps
+    convolve    A recurrence is a convolution
+    hippo       Remembering with N numbers
+    nplr        Normal plus low rank
+    generating  From powers to a resolvent
+    cauchy      Sums of simple fractions
+    kernel      The S4 kernel
+    recurrence  Stepping in linear time
+    layer       The layer
+    model       The network
+    data        Images as sequences
+    train       Training
+    figures     How the figures are drawn
+
+Every public name can be imported from here or from its module:
+
+    >>> from s4mini import S4Layer
+    >>> layer = S4Layer(d_model=8)
+
+``train`` needs ``pip install "s4mini[train]"``, ``figures`` needs
+``pip install "s4mini[book]"``; the rest needs torch and numpy only.
+"""
+
+from importlib import import_module
+
+from s4mini.cauchy import cauchy, cauchy_naive, nodes
+from s4mini.checks import check_choice, check_int, check_positive, check_tensors
+from s4mini.convolve import causal_conv, krylov_kernel, scan
+from s4mini.data import (
+    NAMES,
+    SequenceData,
+    available,
+    data_dir,
+    download,
+    load,
+    official,
+    raster,
+    read_cifar10,
+    read_idx,
+)
+from s4mini.discretize import discretize, gbt, zoh
+from s4mini.generating import generating_function, roots, truncated_C
+from s4mini.hippo import (
+    MEASURES,
+    domain,
+    fourier,
+    hippo,
+    laguerre,
+    legendre,
+    reconstruct,
+)
+from s4mini.kernel import dplr_difference, dplr_kernel
+from s4mini.layer import S4Layer, init_dt, mask_padding, two_sided_conv
+from s4mini.model import ModelState, S4Block, S4Model, TiedDropout, parameter_groups
+from s4mini.nplr import NPLR, half_spectrum, nplr, real_form
+from s4mini.recurrence import (
+    check_lengths,
+    dplr_step,
+    final_state,
+    state_as_input,
+    state_response,
+)
+from s4mini.ssm import SSM, change_basis, expm, impulse_response, promote
+
+__all__ = [
+    "check_int",
+    "check_positive",
+    "check_choice",
+    "check_tensors",
+    "SSM",
+    "promote",
+    "expm",
+    "impulse_response",
+    "change_basis",
+    "gbt",
+    "zoh",
+    "discretize",
+    "scan",
+    "krylov_kernel",
+    "causal_conv",
+    "legendre",
+    "MEASURES",
+    "domain",
+    "reconstruct",
+    "hippo",
+    "laguerre",
+    "fourier",
+    "NPLR",
+    "nplr",
+    "half_spectrum",
+    "real_form",
+    "generating_function",
+    "roots",
+    "truncated_C",
+    "nodes",
+    "cauchy_naive",
+    "cauchy",
+    "dplr_difference",
+    "dplr_kernel",
+    "dplr_step",
+    "state_as_input",
+    "state_response",
+    "check_lengths",
+    "final_state",
+    "init_dt",
+    "two_sided_conv",
+    "mask_padding",
+    "S4Layer",
+    "TiedDropout",
+    "S4Block",
+    "ModelState",
+    "S4Model",
+    "parameter_groups",
+    "NAMES",
+    "data_dir",
+    "available",
+    "read_cifar10",
+    "read_idx",
+    "official",
+    "raster",
+    "SequenceData",
+    "load",
+    "download",
+]
+
+# Names whose modules need more than torch and numpy: imported when first asked for.
+_LAZY = {
+    "Recipe": ("train", "train"),
+    "RECIPES": ("train", "train"),
+    "override": ("train", "train"),
+    "split_indices": ("train", "train"),
+    "epoch_order": ("train", "train"),
+    "build": ("train", "train"),
+    "schedule": ("train", "train"),
+    "SequenceClassifier": ("train", "train"),
+    "save_weights": ("train", "train"),
+    "load_weights": ("train", "train"),
+    "predict": ("train", "train"),
+    "Result": ("train", "train"),
+    "fit": ("train", "train"),
+    "main": ("train", "train"),
+    "COLORS": ("figures", "book"),
+    "use_style": ("figures", "book"),
+    "show": ("figures", "book"),
+    "recorded": ("figures", "book"),
+}
+
+
+def __getattr__(name):
+    if name not in _LAZY:
+        raise AttributeError(f"module 's4mini' has no attribute {name!r}")
+    module, extra = _LAZY[name]
+    try:
+        return getattr(import_module(f"s4mini.{module}"), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f's4mini.{name} needs {error.name}: pip install "s4mini[{extra}]"',
+            name=error.name,
+        ) from error

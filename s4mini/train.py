@@ -144,7 +144,9 @@ RECIPES = {
         d_state=32,
         dropout=0.0,
         epochs=8,
-        epoch_size=6_000,
+        epoch_size=7_500,
+        warmup=0.1,
+        validation=0.04,
     ),
     "scifar": Recipe("cifar10", batch_size=64),
 }

@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "s4mini").glob("*.py") if p.stem != "__init__")
 
 
-def public():
-    for module in MODULES:
-        namespace = import_module(f"s4mini.{module}")
-        for name in namespace.__all__:
-            yield pytest.param(module, name, id=f"{module}.{name}")
+PUBLIC = [
+    pytest.param(module, name, id=f"{module}.{name}")
+    for module in MODULES
+    for name in import_module(f"s4mini.{module}").__all__
+]
 
 
 def test_install_needs_torch_and_numpy_only():
@@ -60,7 +60,7 @@ else:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("module", "name"), public())
+@pytest.mark.parametrize(("module", "name"), PUBLIC)
 def test_every_name_can_be_imported_from_the_package(module, name):
     value = getattr(import_module(f"s4mini.{module}"), name)
     assert getattr(s4mini, name) is value
@@ -71,7 +71,7 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = s4mini.S5Layer
 
 
-@pytest.mark.parametrize(("module", "name"), public())
+@pytest.mark.parametrize(("module", "name"), PUBLIC)
 def test_docstrings_say_what_a_caller_needs(module, name):
     value = getattr(import_module(f"s4mini.{module}"), name)
     if not callable(value):
@@ -99,10 +99,14 @@ def reading_order():
     return [name for name in re.findall(r"book/(\w+)", toc) if name in MODULES]
 
 
-def test_no_parameter_swallows_misspelt_names():
-    for module in MODULES:
-        for name, value in vars(import_module(f"s4mini.{module}")).items():
-            if inspect.isfunction(value) and value.__module__ == f"s4mini.{module}":
-                kinds = [p.kind for p in inspect.signature(value).parameters.values()]
-                if inspect.Parameter.VAR_KEYWORD in kinds:
-                    assert (module, name) == ("checks", "check_tensors")
+# In these two the names are the arguments' own: name=(value, pattern), name=tensor.
+NAMES_ARE_DATA = {"checks.check_tensors", "ssm.promote"}
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC)
+def test_no_parameter_swallows_misspelt_names(module, name):
+    value = getattr(import_module(f"s4mini.{module}"), name)
+    if not inspect.isfunction(value) or f"{module}.{name}" in NAMES_ARE_DATA:
+        return
+    kinds = [p.kind for p in inspect.signature(value).parameters.values()]
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
