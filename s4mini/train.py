@@ -16,6 +16,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -132,7 +133,16 @@ def _check_recipe(recipe: Recipe) -> None:
 
 
 RECIPES = {
-    "digits": Recipe("digits", d_model=32, n_layers=2, d_state=16, epochs=12),
+    "digits": Recipe(
+        "digits",
+        d_model=32,
+        n_layers=2,
+        d_state=16,
+        dropout=0.0,
+        dt_min=3e-2,
+        dt_max=1.0,
+        epochs=12,
+    ),
     "smnist-small": Recipe(
         "mnist", d_model=64, n_layers=2, epochs=10, epoch_size=10_000
     ),
@@ -700,7 +710,9 @@ def fit(
     if first < epochs:
         trainer = _trainer(recipe, out, first, epochs, progress)
         at = last if resume else None
-        trainer.fit(module, ckpt_path=at, weights_only=True)
+        with warnings.catch_warnings():  # of Lightning, about itself
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            trainer.fit(module, ckpt_path=at, weights_only=True)
     history = module.history or _read_checkpoint(last, recipe)["history"]
     return _finish(recipe, out, data, history)
 
