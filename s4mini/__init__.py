@@ -6,21 +6,23 @@ it.
 
 Each module is a chapter of the book:
 
-    checks      Errors that help
-    ssm         State spaces
-    discretize  From time to steps
-    convolve    A recurrence is a convolution
-    hippo       Remembering with N numbers
-    nplr        Normal plus low rank
-    generating  From powers to a resolvent
-    cauchy      Sums of simple fractions
-    kernel      The S4 kernel
-    recurrence  Stepping in linear time
-    layer       The layer
-    model       The network
-    data        Images as sequences
-    train       Training
-    figures     How the figures are drawn
+    checks       Errors that help
+    ssm          State spaces
+    discretize   From time to steps
+    convolve     A recurrence is a convolution
+    hippo        Remembering with N numbers
+    memory       What a fixed matrix remembers
+    diagonalize  The eigenvectors of HiPPO
+    nplr         Normal plus low rank
+    generating   From powers to a resolvent
+    cauchy       Sums of simple fractions
+    kernel       The S4 kernel
+    recurrence   Stepping in linear time
+    layer        The layer
+    model        The network
+    data         Images as sequences
+    train        Training
+    figures      How the figures are drawn
 
 Every public name can be imported from here or from its module:
 
@@ -48,6 +50,7 @@ from s4mini.data import (
     read_cifar10,
     read_idx,
 )
+from s4mini.diagonalize import legs_eigenvectors
 from s4mini.discretize import discretize, gbt, zoh
 from s4mini.generating import generating_function, roots, truncated_C
 from s4mini.hippo import (
@@ -60,7 +63,8 @@ from s4mini.hippo import (
     reconstruct,
 )
 from s4mini.kernel import dplr_difference, dplr_kernel
-from s4mini.layer import S4Layer, init_dt, mask_padding, two_sided_conv
+from s4mini.layer import S4Layer, mask_padding, two_sided_conv
+from s4mini.memory import basis, init_dt, measure
 from s4mini.model import ModelState, S4Block, S4Model, TiedDropout, parameter_groups
 from s4mini.nplr import NPLR, half_spectrum, nplr, real_form
 from s4mini.recurrence import (
@@ -95,6 +99,10 @@ __all__ = [
     "hippo",
     "laguerre",
     "fourier",
+    "measure",
+    "basis",
+    "init_dt",
+    "legs_eigenvectors",
     "NPLR",
     "nplr",
     "half_spectrum",
@@ -112,7 +120,6 @@ __all__ = [
     "state_response",
     "check_lengths",
     "final_state",
-    "init_dt",
     "two_sided_conv",
     "mask_padding",
     "S4Layer",

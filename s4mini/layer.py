@@ -7,7 +7,6 @@ Tangled from book/layer.md.
 """
 
 import functools
-import math
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,42 +14,11 @@ from torch import Generator, Tensor, nn
 from s4mini.checks import check_int, check_positive, check_tensors
 from s4mini.convolve import causal_conv
 from s4mini.kernel import dplr_kernel
+from s4mini.memory import init_dt
 from s4mini.nplr import half_spectrum, nplr
 from s4mini.recurrence import check_lengths, dplr_step, final_state, state_response
 
-__all__ = ["init_dt", "two_sided_conv", "mask_padding", "S4Layer"]
-
-
-def init_dt(
-    H: int, dt_min: float, dt_max: float, generator: Generator | None = None
-) -> Tensor:
-    """Draw one step size for each channel, log-uniformly.
-
-    Args:
-        H: how many, >= 1.
-        dt_min: the smallest step, > 0, in the unit of time of A.
-        dt_max: the largest step, >= dt_min.
-        generator: the source of randomness; the global one if not given.
-
-    Returns:
-        (H,) steps, float64.
-
-    Raises:
-        TypeError: H is not an integer, or a bound is not a number.
-        ValueError: H < 1, dt_min <= 0, or dt_max < dt_min.
-
-    Source: Gu et al. 2022 (official S4 code); book/layer.md.
-    """
-    H = check_int("H", H)
-    check_positive("dt_min", dt_min)
-    check_positive("dt_max", dt_max)
-    if dt_max < dt_min:
-        raise ValueError(
-            f"dt_max: expected a number >= dt_min = {dt_min}, got {dt_max}"
-        )
-    a, b = math.log(dt_min), math.log(dt_max)
-    where = torch.rand(H, dtype=torch.float64, generator=generator)
-    return (a + (b - a) * where).exp()
+__all__ = ["two_sided_conv", "mask_padding", "S4Layer"]
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s4mini.checks import check_int, check_tensors
+from s4mini.checks import check_choice, check_int, check_tensors
 from s4mini.hippo import hippo
 from s4mini.ssm import promote
 
@@ -56,6 +56,7 @@ def nplr(measure: str, N: int) -> NPLR:
 
     Source: Gu et al. 2022a, Theorem 1; book/nplr.md.
     """
+    check_choice("measure", measure, ("legs",))
     A, B = hippo(measure, N)
     n = torch.arange(len(B), dtype=A.dtype)
     P = (n + 0.5).sqrt()[:, None]  # (N, 1)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.layer import S4Layer, init_dt, mask_padding, two_sided_conv
+from s4mini.layer import S4Layer, mask_padding, two_sided_conv
+from s4mini.memory import init_dt
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
