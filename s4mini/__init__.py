@@ -24,32 +24,25 @@ Each module is a chapter of the book:
     train        Training
     figures      How the figures are drawn
 
-Every public name can be imported from here or from its module:
+``help(s4mini.kernel)`` and the like tell more. Every public name can be imported from
+here or from its module:
 
+    >>> import torch
     >>> from s4mini import S4Layer
     >>> layer = S4Layer(d_model=8)
+    >>> y, _ = layer(torch.randn(2, 1000, 8))  # (batch, time, channel)
 
 ``train`` needs ``pip install "s4mini[train]"``, ``figures`` needs
-``pip install "s4mini[book]"``; the rest needs torch and numpy only.
+``pip install "s4mini[book]"``; the rest needs torch and numpy only, but for
+``data``, which downloads and finds the digits with what ``train`` needs.
 """
 
-from importlib import import_module
+from importlib import import_module as _import_module
+from importlib.metadata import version as _version
 
 from s4mini.cauchy import cauchy, cauchy_naive, nodes
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
 from s4mini.convolve import causal_conv, krylov_kernel, scan
-from s4mini.data import (
-    NAMES,
-    SequenceData,
-    available,
-    data_dir,
-    download,
-    load,
-    official,
-    raster,
-    read_cifar10,
-    read_idx,
-)
 from s4mini.diagonalize import legs_eigenvectors
 from s4mini.discretize import discretize, gbt, zoh
 from s4mini.generating import generating_function, roots, truncated_C
@@ -128,20 +121,20 @@ __all__ = [
     "ModelState",
     "S4Model",
     "parameter_groups",
-    "NAMES",
-    "data_dir",
-    "available",
-    "read_cifar10",
-    "read_idx",
-    "official",
-    "raster",
-    "SequenceData",
-    "load",
-    "download",
 ]
 
-# Names whose modules need more than torch and numpy: imported when first asked for.
+# Names that are imported when first asked for: module, and the extra that it needs.
 _LAZY = {
+    "NAMES": ("data", "train"),
+    "data_dir": ("data", "train"),
+    "available": ("data", "train"),
+    "read_cifar10": ("data", "train"),
+    "read_idx": ("data", "train"),
+    "official": ("data", "train"),
+    "raster": ("data", "train"),
+    "SequenceData": ("data", "train"),
+    "load": ("data", "train"),
+    "download": ("data", "train"),
     "Recipe": ("train", "train"),
     "RECIPES": ("train", "train"),
     "override": ("train", "train"),
@@ -164,13 +157,16 @@ _LAZY = {
 
 
 def __getattr__(name):
-    if name not in _LAZY:
+    if name == "__version__":
+        return _version("s4mini")
+    module, extra = _LAZY.get(name, (name, None))
+    if module not in {home for home, _ in _LAZY.values()}:
         raise AttributeError(f"module 's4mini' has no attribute {name!r}")
-    module, extra = _LAZY[name]
     try:
-        return getattr(import_module(f"s4mini.{module}"), name)
+        found = _import_module(f"s4mini.{module}")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f's4mini.{name} needs {error.name}: pip install "s4mini[{extra}]"',
+            f's4mini.{name} needs {error.name}: pip install "s4mini[{extra or "book"}]"',
             name=error.name,
         ) from error
+    return getattr(found, name) if name in _LAZY else found

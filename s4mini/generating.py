@@ -47,7 +47,13 @@ def generating_function(
     cut = C - z[:, None] ** L * power  # (M, N): C (I - z^L A_bar^L)
     eye = torch.eye(len(C), dtype=kind, device=C.device)
     matrix = eye - z[:, None, None] * A_bar  # (M, N, N)
-    return (cut * torch.linalg.solve(matrix, B_bar.expand_as(cut))).sum(-1)
+    try:
+        states = torch.linalg.solve(matrix, B_bar.expand_as(cut))
+    except torch.linalg.LinAlgError:
+        raise ValueError(
+            "z: expected no point to be 1/eigenvalue of A_bar, got one"
+        ) from None
+    return (cut * states).sum(-1)
 
 
 def roots(

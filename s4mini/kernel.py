@@ -128,11 +128,18 @@ def dplr_kernel(
     L: int,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the convolution kernel of a half-spectrum DPLR system.
+    """Return the convolution kernel of a diagonal plus low-rank system.
+
+    The system is A = diag(Lambda) - P P*, by one of each conjugate pair of
+    modes. For LegS, and an output vector c (N,) of the original coordinates:
+
+        half = half_spectrum(nplr("legs", N))
+        C = c.to(half.V) @ half.V
+        K = dplr_kernel(half.Lambda, half.P, half.B, C, dt, L)
 
     Args:
         Lambda: (..., n) eigenvalues, one of each conjugate pair, in 1/time,
-            with negative real part.
+            real part <= 0.
         P: (..., n, r) low-rank factor, in time^-1/2.
         B: (..., n) input vector, in state/(input * time).
         C: (..., n) output vector, in output/state.
@@ -147,8 +154,8 @@ def dplr_kernel(
 
     Raises:
         TypeError: an argument is not a tensor of numbers, or L no integer.
-        ValueError: shapes do not agree, an entry is not finite, dt <= 0,
-            L < 1, or the backend is unknown.
+        ValueError: shapes do not agree, an entry is not finite, a real part
+            of Lambda or L or dt is out of range, or the backend is unknown.
 
     Source: Gu et al. 2022a, algorithm 1; book/kernel.md.
     """
@@ -160,6 +167,11 @@ def dplr_kernel(
         B=(B, "... n"),
         C=(C, "... n"),
     )
+    if (Lambda.real > 0).any():
+        raise ValueError(
+            "Lambda: expected real parts <= 0, got "
+            f"{Lambda.real.max().item():.3g}: the system is unstable"
+        )
     dt, Lambda, P, B, C = _alike(dt, Lambda=Lambda, P=P, B=B, C=C)
     with torch.autocast(Lambda.device.type, enabled=False):
         return _dplr_kernel(Lambda, P, B, C, dt, L, backend)

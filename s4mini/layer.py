@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Generator, Tensor, nn
 
-from s4mini.checks import check_int, check_positive, check_tensors
+from s4mini.checks import check_choice, check_int, check_positive, check_tensors
 from s4mini.convolve import causal_conv
 from s4mini.kernel import dplr_kernel
 from s4mini.memory import init_dt
@@ -66,6 +66,8 @@ class _Systems(nn.Module):
 
     def system(self, rate: float = 1.0) -> tuple[Tensor, ...]:
         """Return Lambda, P, B, C, complex, and dt * rate, per channel."""
+        if isinstance(rate, Tensor):
+            raise TypeError("rate: expected a number > 0, got a Tensor")
         check_positive("rate", rate)
         Lambda = torch.complex(-self.log_decay.exp(), self.frequency)
         P, B, C = map(torch.view_as_complex, (self.P, self.B, self.C))
@@ -73,7 +75,10 @@ class _Systems(nn.Module):
 
     @_full_precision
     def kernel(self, L: int, rate: float = 1.0) -> Tensor:
-        """Return the kernels (H, L), or (2, H, L) of past and future."""
+        """Return the kernels (H, L), or (2, H, L) of past and future.
+
+        They are the response to an impulse without the direct path D.
+        """
         Lambda, P, B, C, dt = self.system(rate)
         return dplr_kernel(Lambda, P, B, C, dt, L)
 
@@ -167,10 +172,20 @@ class S4Layer(_Systems):
         d_model: the number H of channels.
         d_state: the state size N of each, even, >= 2.
         measure: the HiPPO matrix to begin with, "legs".
-        dt_min: the smallest step at initialisation, > 0.
+        dt_min: the smallest step at initialisation, > 0. A channel of step
+            dt remembers for about 1/dt samples: choose 1/L or less.
         dt_max: the largest step at initialisation.
         bidirectional: whether a second kernel looks at the future.
         generator: the source of the random dt, C and D.
+
+    Attributes:
+        log_dt: (H,) logarithm of the step.
+        log_decay: (H, N/2); Re Lambda = -exp(log_decay), 1/time.
+        frequency: (H, N/2) Im Lambda, 1/time.
+        P: (H, N/2, r, 2) low-rank factor; last axis real, imaginary part.
+        B: (H, N/2, 2) input vector, likewise.
+        C: (H, N/2, 2) output vector, or (2, H, N/2, 2) of past and future.
+        D: (H,) direct path.
 
     Raises:
         TypeError: a size is not an integer, or a step not a number.
@@ -192,6 +207,7 @@ class S4Layer(_Systems):
     ) -> None:
         H = check_int("d_model", d_model)
         N = check_int("d_state", d_state, minimum=2, even=True)
+        check_choice("bidirectional", bidirectional, (False, True))
         super().__init__(H, N, measure, dt_min, dt_max, bidirectional, generator)
 
     @_full_precision
@@ -210,7 +226,8 @@ class S4Layer(_Systems):
                 zero, and no final state is computed.
             lengths: (B,) the steps of each sequence that count, integers in
                 1 ... L; the outputs after them are zero.
-            rate: how many steps of the training data one step here spans.
+            rate: how many steps of the training data one step here spans: 2
+                for data of half the sampling frequency.
 
         Returns:
             y (B, L, H), and the state after the last step that counts, or

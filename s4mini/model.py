@@ -52,6 +52,8 @@ class TiedDropout(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Map u (B, L, H), or one step (B, H), to the same shape."""
+        if u.ndim not in (2, 3):
+            raise ValueError(f"u: expected 2 or 3 axes, got {tuple(u.shape)}")
         if not self.training or self.p == 0:
             return u
         shape = (u.shape[0], *[1] * (u.ndim - 2), u.shape[-1])
@@ -269,10 +271,12 @@ class S4Model(nn.Module):
             u: (B, L, d_input) the input.
             lengths: (B,) the steps of each sequence that count, integers in
                 1 ... L.
-            rate: how many steps of the training data one step here spans.
+            rate: how many steps of the training data one step here spans: 2
+                for data of half the sampling frequency.
 
         Returns:
-            (B, d_output), or (B, L, d_output) without pooling.
+            (B, d_output), or (B, L, d_output) without pooling, zero after
+            lengths.
 
         Raises:
             TypeError: an argument is of a wrong kind.
@@ -284,7 +288,9 @@ class S4Model(nn.Module):
         u = self._encode(u, "B L")
         for block in self.blocks:
             u, _ = block(u, None, lengths, rate)
-        return self.decoder(_pool(self.norm(u), self.pool, lengths))
+        y = self.decoder(_pool(self.norm(u), self.pool, lengths))
+        padded = self.pool == "none" and lengths is not None
+        return mask_padding(y, lengths) if padded else y
 
     def _encode(self, u: Tensor, axes: str) -> Tensor:
         """Examine u, and map it to the channels."""
@@ -304,14 +310,13 @@ class S4Model(nn.Module):
     def step(
         self, u: Tensor, state: ModelState, rate: float = 1.0
     ) -> tuple[Tensor, ModelState]:
-        """Take one step: u (B, d_input) to the output so far, and a state."""
-        if not isinstance(state, ModelState):
-            kind = type(state).__name__
-            raise TypeError(
-                "state: expected a ModelState, such as "
-                f"model.initial_state(batch), got {kind}"
-            )
+        """Take one step: u (B, d_input) to the output so far, and a state.
+
+        In evaluation mode (`model.eval()`) the last output is that of
+        `forward`; in training mode dropout draws anew at each step.
+        """
         u, layers = self._encode(u, "B"), []
+        self._check_state(state, len(u))
         for block, x in zip(self.blocks, state.layers, strict=True):
             u, x = block.step(u, x, rate)
             layers.append(x)
@@ -319,6 +324,26 @@ class S4Model(nn.Module):
         mean = state.mean + (u - state.mean) / count
         y = self.decoder(mean if self.pool == "mean" else u)
         return y, ModelState(tuple(layers), mean, count)
+
+    def _check_state(self, state: ModelState, batch: int) -> None:
+        """Refuse a state that is not of this model and batch."""
+        if not isinstance(state, ModelState):
+            kind = type(state).__name__
+            raise TypeError(
+                "state: expected a ModelState, such as "
+                f"model.initial_state(batch), got {kind}"
+            )
+        given = [tuple(getattr(x, "shape", ())) for x in state.layers]
+        layer = self.blocks[0].layer
+        shape = (batch, layer.d_model, layer.d_state // 2)
+        if given != [shape] * len(self.blocks):
+            raise ValueError(
+                f"state.layers: expected {len(self.blocks)} of shape {shape}, "
+                f"got {given}"
+            )
+        mean = (state.mean, f"real {batch} {layer.d_model}")
+        check_tensors(**{"state.mean": mean})
+        check_int("state.count", state.count, minimum=0)
 
 
 def parameter_groups(
@@ -349,8 +374,8 @@ def parameter_groups(
         raise TypeError(f"model: expected a torch.nn.Module, got {kind}")
     check_positive("lr", lr)
     check_positive("ssm_lr", ssm_lr)
-    if weight_decay != 0:
-        check_positive("weight_decay", weight_decay)
+    if weight_decay != 0 and not 0 < weight_decay < math.inf:
+        raise ValueError(f"weight_decay: expected a number >= 0, got {weight_decay}")
     groups = {
         "weights": {"params": [], "lr": lr, "weight_decay": weight_decay},
         "vectors": {"params": [], "lr": lr, "weight_decay": 0.0},

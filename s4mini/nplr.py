@@ -80,12 +80,16 @@ def half_spectrum(system: NPLR) -> NPLR:
         The output of the whole system is 2 Re(C x) of this half.
 
     Raises:
-        TypeError: a field is not a floating or complex tensor.
+        TypeError: system is not an NPLR, or a field not a floating or complex
+            tensor.
         ValueError: a shape is wrong, N is odd, or the modes do not come in
             pairs.
 
     Source: book/nplr.md.
     """
+    if not isinstance(system, NPLR):
+        kind = type(system).__name__
+        raise TypeError(f"system: expected an NPLR, got {kind}")
     Lambda, P, B, V = system
     sizes = check_tensors(Lambda=(Lambda, "N"), P=(P, "N r"), B=(B, "N"), V=(V, "N N"))
     N = check_int("N", sizes["N"], minimum=2, even=True)

@@ -221,8 +221,11 @@ def check_lengths(lengths: Tensor, L: int) -> None:
     """
     kinds = (torch.int32, torch.int64)
     if not isinstance(lengths, Tensor) or lengths.dtype not in kinds:
-        kind = getattr(lengths, "dtype", type(lengths).__name__)
-        raise TypeError(f"lengths: expected a tensor of int64, got {kind}")
+        kind = type(lengths).__name__
+        kind = lengths.dtype if isinstance(lengths, Tensor) else kind
+        raise TypeError(
+            f"lengths: expected a torch.Tensor of int64 or int32, got {kind}"
+        )
     bad = lengths[(lengths < 1) | (lengths > L)]
     if bad.numel():
         raise ValueError(

@@ -341,6 +341,19 @@ def schedule(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _optimiser(model: S4Model, recipe: Recipe, epoch_size: int) -> dict:
+    """Return AdamW with its groups and its schedule, as Lightning asks."""
+    groups = parameter_groups(model, recipe.lr, recipe.weight_decay, recipe.ssm_lr)
+    optimizer = torch.optim.AdamW(groups)
+    total = recipe.epochs * math.ceil(epoch_size / recipe.batch_size)
+    warmup = int(recipe.warmup * total)
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule(step, warmup, total)
+    )
+    each_step = {"scheduler": rates, "interval": "step"}
+    return {"optimizer": optimizer, "lr_scheduler": each_step}
+
+
 class SequenceClassifier(pl.LightningModule):
     """A model, its data, and the rules by which a recipe trains it.
 
@@ -376,18 +389,7 @@ class SequenceClassifier(pl.LightningModule):
         return _Batches(self.data, self.held_out, 250)
 
     def configure_optimizers(self) -> dict:
-        recipe = self.recipe
-        groups = parameter_groups(
-            self.model, recipe.lr, recipe.weight_decay, recipe.ssm_lr
-        )
-        optimizer = torch.optim.AdamW(groups)
-        total = recipe.epochs * math.ceil(self.epoch_size / recipe.batch_size)
-        warmup = int(recipe.warmup * total)
-        rates = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: schedule(step, warmup, total)
-        )
-        each_step = {"scheduler": rates, "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": each_step}
+        return _optimiser(self.model, self.recipe, self.epoch_size)
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(self.recipe.seed * 2**20 + self.current_epoch)
@@ -396,12 +398,7 @@ class SequenceClassifier(pl.LightningModule):
 
     def training_step(self, batch: tuple, number: int) -> Tensor:
         loss = self._loss("train", *batch)
-        if not loss.isfinite():
-            rate = self.optimizers().param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step}, "
-                f"batch {number} of epoch {self.current_epoch}, rate {rate:g}"
-            )
+        _check_loss(self, loss, number)
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
@@ -412,8 +409,9 @@ class SequenceClassifier(pl.LightningModule):
         logits = self.model(u)
         loss, count = cross_entropy(logits, target), len(target)
         right = (logits.argmax(dim=1) == target).sum()
-        sums = torch.stack([loss.detach() * count, right, loss.new_tensor(count)])
-        self.sums[kind] += sums
+        self.sums[kind][0] += loss.detach() * count
+        self.sums[kind][1] += right
+        self.sums[kind][2] += count
         return loss
 
     def on_validation_epoch_end(self) -> None:
@@ -448,6 +446,16 @@ def _row(module: SequenceClassifier) -> dict:
     return row
 
 
+def _check_loss(module: SequenceClassifier, loss: Tensor, batch: int) -> None:
+    """Stop the run if the loss is not finite; say where it was."""
+    if not loss.isfinite():
+        rate = module.optimizers().param_groups[0]["lr"]
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at step {module.global_step}, "
+            f"batch {batch} of epoch {module.current_epoch}, rate {rate:g}"
+        )
+
+
 def save_weights(model: S4Model, recipe: Recipe, path: str | Path) -> None:
     """Write a model's weights and its recipe to a safetensors file.
 
@@ -467,7 +475,8 @@ def save_weights(model: S4Model, recipe: Recipe, path: str | Path) -> None:
         raise TypeError(f"expected an S4Model and a Recipe, got {kinds}")
     sizes = {"channels": model.d_input, "classes": model.decoder.out_features}
     notes = {"recipe": json.dumps(asdict(recipe)), "sizes": json.dumps(sizes)}
-    weights = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    state = model.state_dict()
+    weights = {name: v.detach().contiguous() for name, v in state.items()}
     part = Path(path).with_suffix(".part")
     save_file(weights, part, metadata=notes)
     os.replace(part, path)

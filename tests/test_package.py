@@ -45,6 +45,7 @@ import s4mini
 
 for name in s4mini.__all__:
     getattr(s4mini, name)
+assert callable(s4mini.load) and s4mini.data.load is s4mini.load
 text = pydoc.plain(pydoc.render_doc(s4mini))
 assert "S4Layer" in text and "dplr_kernel" in text
 try:

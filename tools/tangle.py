@@ -184,8 +184,8 @@ def render_init(modules: list[Module], root: Path) -> str:
     )
 
 
-# Modules that import more than torch and numpy, and the extra that brings it.
-EXTRAS = {"train": "train", "figures": "book"}
+# Modules that are imported when first asked for, and the extra that brings what they need.
+EXTRAS = {"data": "train", "train": "train", "figures": "book"}
 
 INIT = '''"""s4mini: structured state space models, from the book that derives them.
 
@@ -195,38 +195,46 @@ Each module is a chapter of the book:
 
 {table}
 
-Every public name can be imported from here or from its module:
+``help(s4mini.kernel)`` and the like tell more. Every public name can be imported from
+here or from its module:
 
+    >>> import torch
     >>> from s4mini import S4Layer
     >>> layer = S4Layer(d_model=8)
+    >>> y, _ = layer(torch.randn(2, 1000, 8))  # (batch, time, channel)
 
 ``train`` needs ``pip install "s4mini[train]"``, ``figures`` needs
-``pip install "s4mini[book]"``; the rest needs torch and numpy only.
+``pip install "s4mini[book]"``; the rest needs torch and numpy only, but for
+``data``, which downloads and finds the digits with what ``train`` needs.
 """
 
-from importlib import import_module
+from importlib import import_module as _import_module
+from importlib.metadata import version as _version
 
 {imports}
 
 __all__ = [{listing}]
 
-# Names whose modules need more than torch and numpy: imported when first asked for.
+# Names that are imported when first asked for: module, and the extra that it needs.
 _LAZY = {{
 {extras}
 }}
 
 
 def __getattr__(name):
-    if name not in _LAZY:
+    if name == "__version__":
+        return _version("s4mini")
+    module, extra = _LAZY.get(name, (name, None))
+    if module not in {{home for home, _ in _LAZY.values()}}:
         raise AttributeError(f"module 's4mini' has no attribute {{name!r}}")
-    module, extra = _LAZY[name]
     try:
-        return getattr(import_module(f"s4mini.{{module}}"), name)
+        found = _import_module(f"s4mini.{{module}}")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f's4mini.{{name}} needs {{error.name}}: pip install "s4mini[{{extra}}]"',
+            f's4mini.{{name}} needs {{error.name}}: pip install "s4mini[{{extra or "book"}}]"',
             name=error.name,
         ) from error
+    return getattr(found, name) if name in _LAZY else found
 '''
 
 
