@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.hippo import MEASURES, hippo, legendre, reconstruct
+from s4mini.hippo import MEASURES, domain, fourier, hippo, laguerre, legendre, reconstruct
 
 
 def quadrature(N):
@@ -109,9 +109,154 @@ def test_reconstruct_forgives_rounding_and_has_gradients():
     assert x.grad.isfinite().all()
 
 
+# The other measures.
+
+
+def functions(measure, N, r):
+    """What the state is meant to hold the input against, at ages r."""
+    if measure == "legt":
+        return norms(N)[:, None] * legendre(N, 1 - 2 * r)
+    return laguerre(N, r) if measure == "lagt" else fourier(N, r)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("N", [1, 2, 3, 64, 1024])
+def test_every_size_and_measure_is_there(measure, N):
+    A, B = hippo(measure, N)
+    assert A.shape == (N, N) and B.shape == (N,)
+    assert A.dtype == B.dtype == torch.float64
+    assert A.isfinite().all() and B.isfinite().all()
+    assert not (torch.signbit(A) & (A == 0)).any()
+    A += 1.0  # a fresh tensor, not a shared one
+    assert not torch.equal(A, hippo(measure, N)[0])
+
+
+@pytest.mark.parametrize("N", [1, 2, 5, 33])
+def test_legt_is_the_legendre_memory_unit(N):
+    A, B = hippo("legt", N)
+    n, k = np.arange(N)[:, None], np.arange(N)
+    lmu = (2 * n + 1) * np.where(n < k, -1.0, (-1.0) ** (n - k + 1))
+    D = ((-1.0) ** n * np.sqrt(2 * n + 1))[:, 0]
+    assert np.abs(D[:, None] * A.numpy() / D - lmu).max() < 1e-11
+    assert np.abs(D * B.numpy() - ((2 * n + 1) * (-1.0) ** n)[:, 0]).max() < 1e-12
+
+
+@pytest.mark.parametrize("N", [1, 4, 9])
+def test_lagt_entries(N):
+    A, B = hippo("lagt", N)
+    assert np.array_equal(A.numpy(), np.eye(N) / 2 - np.tril(np.ones((N, N))))
+    assert np.array_equal(B.numpy(), np.ones(N))
+
+
+def test_fout_entries():
+    A, B = hippo("fout", 3)
+    root, turn = 2 * math.sqrt(2), 2 * math.pi
+    expected = [[-2, -root, 0], [-root, -4, -turn], [0, turn, 0]]
+    assert torch.allclose(A, torch.tensor(expected, dtype=A.dtype))
+    assert torch.allclose(B, torch.tensor([2, root, 0], dtype=B.dtype))
+    for N in (4, 10):
+        even, odd = hippo("fout", N), hippo("fout", N - 1)
+        kept = [i for i in range(N) if i != 1]
+        assert torch.equal(even[0][kept][:, kept], odd[0])
+        assert not even[0][1].any() and not even[0][:, 1].any()
+        assert even[1][1] == 0 and torch.equal(even[1][kept], odd[1])
+
+
+@pytest.mark.parametrize("measure", ["legt", "lagt", "fout"])
+@pytest.mark.parametrize("N", [1, 2, 7, 32, 129])
+def test_energy_never_grows(measure, N):
+    """A + A* + B B* is zero, or minus the square of what leaves LegT's window."""
+    A, B = hippo(measure, N)
+    rest = A + A.T + torch.outer(B, B)
+    if measure == "legt":
+        b = B * (-1.0) ** torch.arange(N)
+        rest += torch.outer(b, b)
+    assert rest.abs().max() < 1e-11 * N**2
+
+
+@pytest.mark.parametrize("measure", ["legt", "lagt", "fout"])
+@pytest.mark.parametrize("N", [1, 2, 5, 12])
+def test_functions_are_orthonormal_and_read_what_was_written(measure, N):
+    nodes, weights = np.polynomial.legendre.leggauss(120)
+    span = 100.0 if measure == "lagt" else 1.0
+    r, w = torch.tensor((nodes + 1) / 2 * span), torch.tensor(weights / 2 * span)
+    phi = functions(measure, N, r)
+    empty = measure == "fout" and N % 2 == 0
+    identity = torch.eye(N, dtype=torch.float64)
+    if empty:
+        identity[1, 1] = 0
+    assert ((phi * w) @ phi.T - identity).abs().max() < 1e-8
+    t = 200.0
+    x = torch.randn(2, N, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    past = reconstruct(measure, x, t, t - r)
+    assert ((past * w) @ phi.T - x @ identity).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("N", [2, 5, 8])
+def test_windows_keep_what_they_can_read(N):
+    """x' = A x + B u holds for the coefficients of polynomials, and of waves."""
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    r, w = torch.tensor((nodes + 1) / 2), torch.tensor(weights / 2)
+
+    def polynomial(s):
+        return sum((s / 3) ** j for j in range(N))
+
+    def wave(s):
+        return 0.3 + (N > 2) * torch.cos(2 * math.pi * s + 1)
+
+    for measure, u in (("legt", polynomial), ("fout", wave)):
+        k, h = functions(measure, N, r), 1e-4
+        before, x, after = ((k * w) @ u(t - r) for t in (2 - h, 2, 2 + h))
+        A, B = hippo(measure, N)
+        now = u(torch.tensor(2.0, dtype=torch.float64))
+        assert ((after - before) / (2 * h) - A @ x - B * now).abs().max() < 1e-5
+
+
+def test_legt_moments_are_exact_beyond_its_degree():
+    N = 5
+    A, B = hippo("legt", N)
+    nodes, weights = quadrature(20)
+    moment = torch.linalg.solve(-A, B)
+    for j in range(2 * N - 1):
+        truth = functions("legt", N, (nodes + 1) / 2) @ (weights * ((nodes + 1) / 2) ** j)
+        good = 2 * N - 1 - j
+        assert (moment - truth)[:good].abs().max() < 1e-9
+        moment = torch.linalg.solve(-A, (j + 1) * moment)
+
+
+def test_laguerre_functions():
+    special = pytest.importorskip("scipy.special")
+    r = torch.tensor([0.0, 0.3, 7.0, 90.0], dtype=torch.float64)
+    values = laguerre(40, r)
+    for n in range(40):
+        expected = special.eval_laguerre(n, r.numpy()) * np.exp(-r.numpy() / 2)
+        assert np.abs(values[n].numpy() - expected).max() < 1e-11
+    far = laguerre(1024, torch.tensor([1600.0, 1e5], dtype=torch.float64))
+    assert far.isfinite().all() and far[-1, 0].abs() > 1e-4 and not far[:, 1].any()
+    A, B = hippo("lagt", 1024)  # e^{rA} B at r = 2, by the exponential
+    assert (torch.matrix_exp(2 * A) @ B - laguerre(1024, 2 * B[:1])[:, 0]).abs().max() < 1e-8
+    assert laguerre(3, torch.ones(2, 5)).shape == (3, 2, 5)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_domain_is_what_reconstruct_accepts(measure):
+    first, last = domain(measure, 3.0)
+    assert last == 3.0 and first == {"legs": 0, "lagt": -math.inf}.get(measure, 2.0)
+    x = torch.ones(4, dtype=torch.float64)
+    low = max(first, -50.0)
+    assert reconstruct(measure, x, 3.0, torch.linspace(low, last, 9)).isfinite().all()
+    with pytest.raises(ValueError, match=r"^s: "):
+        reconstruct(measure, x, 3.0, torch.tensor([last + 0.01]))
+    if first > -math.inf:
+        with pytest.raises(ValueError, match=r"^s: "):
+            reconstruct(measure, x, 3.0, torch.tensor([first - 0.01]))
+
+
 x, s = torch.ones(4), torch.linspace(0, 1, 5)
 BAD = [
-    (lambda: hippo("legt", 4), ValueError, "measure"),
+    (lambda: hippo("legd", 4), ValueError, "measure"),
+    (lambda: hippo("lagt", 0), ValueError, "N"),
+    (lambda: hippo("fout", 2.0), TypeError, "N"),
     (lambda: hippo("LegS", 4), ValueError, "measure"),
     (lambda: hippo(None, 4), ValueError, "measure"),
     (lambda: hippo("legs", 0), ValueError, "N"),
@@ -124,7 +269,22 @@ BAD = [
     (lambda: legendre(3, torch.arange(3)), TypeError, "xi"),
     (lambda: legendre(3, s + 0j), TypeError, "xi"),
     (lambda: legendre(3, s / 0), ValueError, "xi"),
-    (lambda: reconstruct("fout", x, 1.0, s), ValueError, "measure"),
+    (lambda: reconstruct("cheb", x, 1.0, s), ValueError, "measure"),
+    (lambda: reconstruct("legt", x, 2.0, s), ValueError, "s"),
+    (lambda: reconstruct("fout", x, 1.5, s), ValueError, "s"),
+    (lambda: reconstruct("fout", x, 0.9, s), ValueError, "s"),
+    (lambda: reconstruct("lagt", x, 0.9, s), ValueError, "s"),
+    (lambda: reconstruct("lagt", x, 1.0, s / 0), ValueError, "s"),
+    (lambda: domain("cheb", 1.0), ValueError, "measure"),
+    (lambda: domain("legt", 0.0), ValueError, "t"),
+    (lambda: domain("legt", torch.ones(3)), ValueError, "t"),
+    (lambda: domain("legt", None), TypeError, "t"),
+    (lambda: laguerre(0, s), ValueError, "N"),
+    (lambda: laguerre(3, -1 - s), ValueError, "r"),
+    (lambda: laguerre(3, 1.0), TypeError, "r"),
+    (lambda: fourier(-1, s), ValueError, "N"),
+    (lambda: fourier(3, s * math.inf), ValueError, "r"),
+    (lambda: fourier(3, s + 0j), TypeError, "r"),
     (lambda: reconstruct("legs", [1.0], 1.0, s), TypeError, "x"),
     (lambda: reconstruct("legs", x + 0j, 1.0, s), TypeError, "x"),
     (lambda: reconstruct("legs", x * math.nan, 1.0, s), ValueError, "x"),
