@@ -318,6 +318,7 @@ def raster(images: Tensor, gray: bool = False, size: int | None = None) -> Tenso
     Source: book/data.md.
     """
     _check_images(images)
+    check_choice("gray", gray, (False, True))
     W = images.shape[1]
     size = W if size is None else check_int("size", size)
     if W % size:
@@ -334,7 +335,8 @@ def raster(images: Tensor, gray: bool = False, size: int | None = None) -> Tenso
 def _check_images(images: Tensor) -> None:
     """Refuse what is not a batch of square uint8 images."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        kind = getattr(images, "dtype", type(images).__name__)
+        kind = type(images).__name__
+        kind = images.dtype if isinstance(images, Tensor) else kind
         raise TypeError(f"images: expected a uint8 tensor, got {kind}")
     shape = tuple(images.shape)
     if images.ndim != 4 or shape[1] != shape[2] or shape[3] not in (1, 3):
@@ -379,6 +381,7 @@ class SequenceData:
         split is "train" or "test", index a tensor of B integers.
         """
         check_choice("split", split, tuple(self.images))
+        _check_index(index, len(self.labels[split]))
         u = raster(self.images[split][index], self.gray, self.size)
         return (u - self.mean) / self.std, self.labels[split][index]
 
@@ -393,6 +396,22 @@ class SequenceData:
         labels = {k: v.to(device) for k, v in self.labels.items()}
         mean, std = self.mean.to(device), self.std.to(device)
         return replace(self, images=moved, labels=labels, mean=mean, std=std)
+
+
+def _check_index(index: Tensor, n: int) -> None:
+    """Refuse what does not number some of n examples."""
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        kind = type(index).__name__
+        kind = index.dtype if isinstance(index, Tensor) else kind
+        raise TypeError(f"index: expected a tensor of int64, got {kind}")
+    if index.ndim != 1 or not len(index):
+        shape = tuple(index.shape)
+        raise ValueError(f"index: expected shape (B,), got {shape}")
+    low, high = index.aminmax()
+    if low < 0 or high >= n:
+        raise ValueError(
+            f"index: expected integers in 0 ... {n - 1}, got {low} to {high}"
+        )
 
 
 def _moments(images: Tensor, gray: bool, size: int) -> tuple[Tensor, Tensor]:
@@ -434,6 +453,9 @@ def load(
     Source: book/data.md.
     """
     check_choice("name", name, NAMES)
+    check_choice("gray", gray, (False, True))
+    if size is not None:
+        check_int("size", size)
     readers = {"cifar10": _arrays_cifar10, "mnist": _arrays_mnist}
     arrays = readers.get(name, _arrays_digits)(folder)
     tensors = [torch.from_numpy(np.array(a, order="C")) for a in arrays]

@@ -354,6 +354,19 @@ def _optimiser(model: S4Model, recipe: Recipe, epoch_size: int) -> dict:
     return {"optimizer": optimizer, "lr_scheduler": each_step}
 
 
+def _check_data(recipe: Recipe, data: SequenceData) -> None:
+    """Refuse data that the recipe does not ask for."""
+    _check_is_recipe(recipe)
+    if not isinstance(data, SequenceData):
+        kind = type(data).__name__
+        raise TypeError(f"data: expected a SequenceData, got {kind}")
+    side = recipe.size or data.images["train"].shape[1]
+    wanted = recipe.data, recipe.gray, side
+    given = data.name, data.gray, data.size
+    if wanted != given:
+        raise ValueError(f"data: expected (name, gray, size) {wanted}, got {given}")
+
+
 class SequenceClassifier(pl.LightningModule):
     """A model, its data, and the rules by which a recipe trains it.
 
@@ -361,11 +374,16 @@ class SequenceClassifier(pl.LightningModule):
         recipe: the run.
         data: what to train on; the test images are not touched.
 
+    Raises:
+        TypeError: recipe is not a Recipe, or data not a SequenceData.
+        ValueError: the data are not those of the recipe.
+
     Source: book/train.md.
     """
 
     def __init__(self, recipe: Recipe, data: SequenceData) -> None:
         super().__init__()
+        _check_data(recipe, data)
         self.recipe, self.data = recipe, data
         self.model = build(recipe, len(data.mean), len(data.classes))
         n = len(data.labels["train"])
@@ -467,6 +485,7 @@ def save_weights(model: S4Model, recipe: Recipe, path: str | Path) -> None:
     Raises:
         OSError: the file cannot be written; an older one is then still whole.
         TypeError: model or recipe is of another kind.
+        ValueError: the recipe does not describe the model.
 
     Source: book/train.md.
     """
@@ -475,7 +494,10 @@ def save_weights(model: S4Model, recipe: Recipe, path: str | Path) -> None:
         raise TypeError(f"expected an S4Model and a Recipe, got {kinds}")
     sizes = {"channels": model.d_input, "classes": model.decoder.out_features}
     notes = {"recipe": json.dumps(asdict(recipe)), "sizes": json.dumps(sizes)}
-    state = model.state_dict()
+    state, rebuilt = model.state_dict(), build(recipe, **sizes).state_dict()
+    shapes = [{k: v.shape for k, v in s.items()} for s in (state, rebuilt)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("recipe: expected the one that the model was built from")
     weights = {name: v.detach().contiguous() for name, v in state.items()}
     part = Path(path).with_suffix(".part")
     save_file(weights, part, metadata=notes)
@@ -823,7 +845,11 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.list or options.recipe is None:
         for name, recipe in RECIPES.items():
-            print(f"{name:14}{recipe}")
+            print(
+                f"{name:14}{recipe.data}, {recipe.n_layers} layers of "
+                f"{recipe.d_model}, N = {recipe.d_state}, batches of "
+                f"{recipe.batch_size}, {recipe.epochs} epochs"
+            )
         return 0
     try:
         check_choice("recipe", options.recipe, tuple(RECIPES))

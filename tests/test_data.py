@@ -304,3 +304,24 @@ def test_a_folder_that_cannot_be_written(published, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError):
         data.download("cifar10", tmp_path / "no", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "index"),
+    [
+        (TypeError, 3),
+        (TypeError, torch.tensor([0.0])),
+        (TypeError, torch.tensor([True])),
+        (ValueError, torch.tensor(0)),
+        (ValueError, torch.tensor([-1])),
+        (ValueError, torch.tensor([10**6])),
+    ],
+)
+def test_batches_are_numbered(error, index):
+    with pytest.raises(error, match="^index: expected"):
+        data.load("digits").batch("train", index)
+
+
+def test_a_size_is_not_taken_for_a_flag():
+    with pytest.raises(ValueError, match="gray: expected one of False, True; got 4"):
+        data.load("digits", 4)

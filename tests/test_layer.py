@@ -273,3 +273,12 @@ def test_bad_helpers():
         init_dt(0, 0.1, 0.2)
     with pytest.raises(ValueError, match=r"^L"):
         make().kernel(0)
+
+
+def test_flags_and_rates_are_not_guessed():
+    with pytest.raises(ValueError, match="bidirectional: expected one of False, True"):
+        S4Layer(4, 8, bidirectional="no")
+    with pytest.raises(TypeError, match="rate: expected a number > 0, got a Tensor"):
+        S4Layer(4, 8)(torch.zeros(1, 3, 4), rate=torch.tensor(1.0))
+    with pytest.raises(ValueError, match="measure: expected one of 'legs'; got 'legt'"):
+        S4Layer(4, 8, measure="legt")

@@ -198,3 +198,30 @@ def test_bad_other_calls():
         parameter_groups(model, weight_decay=-1.0)
     with pytest.raises(TypeError, match=r"^model"):
         parameter_groups(None)
+
+
+def broken(state):
+    yield ValueError, state._replace(layers=state.layers[:1])
+    yield ValueError, state._replace(layers=(state.layers[0], state.layers[1][:1]))
+    yield ValueError, state._replace(mean=state.mean[:1])
+    yield ValueError, state._replace(mean=state.mean[:, :1])
+    yield ValueError, state._replace(mean=state.mean * float("nan"))
+    yield ValueError, state._replace(count=-1)
+    yield TypeError, state._replace(count="a")
+    yield TypeError, state._replace(mean=None)
+    yield TypeError, tuple(state)
+    yield TypeError, None
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_a_state_of_another_model_or_batch_is_refused(number):
+    model = S4Model(3, 2, d_model=4, n_layers=2, d_state=8).eval()
+    error, state = list(broken(model.initial_state(2)))[number]
+    with pytest.raises(error, match=r"^state"):
+        model.step(torch.zeros(2, 3), state)
+
+
+def test_outputs_after_the_end_are_zero():
+    model = S4Model(3, 2, d_model=4, n_layers=1, d_state=8, pool="none").eval()
+    y = model(torch.randn(2, 9, 3), lengths=torch.tensor([4, 9]))
+    assert (y[0, 4:] == 0).all() and (y[0, :4] != 0).all() and (y[1] != 0).all()

@@ -165,3 +165,10 @@ BAD = [
 def test_bad_calls_are_refused(call, error, name):
     with pytest.raises(error, match=rf"^{name}: "):
         call()
+
+
+def test_what_is_no_system_is_refused():
+    with pytest.raises(TypeError, match="system: expected an NPLR, got NoneType"):
+        half_spectrum(None)
+    with pytest.raises(ValueError, match="measure: expected one of 'legs'; got 'lagt'"):
+        nplr("lagt", 8)

@@ -256,3 +256,19 @@ BAD_CALLS = [
 def test_bad_calls(kind, word, call):
     with pytest.raises(kind, match=word):
         call()
+
+
+def test_data_of_another_recipe_are_refused(tmp_path):
+    data = load("digits")
+    with pytest.raises(ValueError, match=r"data: expected .*cifar10.*got .*digits"):
+        train.fit(RECIPES["scifar"], tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(TypeError, match="data: expected a SequenceData, got str"):
+        train.fit(RECIPES["digits"], tmp_path / "run", "digits")
+
+
+def test_weights_are_saved_with_their_own_recipe_only(tmp_path):
+    model = train.build(replace(RECIPES["digits"], d_model=4), 1, 10)
+    with pytest.raises(ValueError, match="recipe: expected the one"):
+        train.save_weights(model, RECIPES["digits"], tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
