@@ -318,7 +318,7 @@ def test_a_folder_that_cannot_be_written(published, tmp_path):
     ],
 )
 def test_batches_are_numbered(error, index):
-    with pytest.raises(error, match="^index: expected"):
+    with pytest.raises(error, match=r"^index: expected"):
         data.load("digits").batch("train", index)
 
 

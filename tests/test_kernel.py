@@ -215,5 +215,5 @@ def test_bad_differences(kind, name, change):
 
 def test_an_unstable_system_is_refused():
     half = half_spectrum(nplr("legs", 8))
-    with pytest.raises(ValueError, match="Lambda: expected real parts <= 0, got 0.5"):
+    with pytest.raises(ValueError, match=r"Lambda: expected real parts <= 0, got 0\.5"):
         dplr_kernel(-half.Lambda, half.P, half.B, half.B, 0.1, 8)
