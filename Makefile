@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CHAPTERS := $(wildcard book/*.md)
 export KEOPS_VERBOSE = 0
+# Threads that wait sleep: on a busy machine spinning ones cost ten times as much.
+export OMP_WAIT_POLICY = PASSIVE
 export PYTHONDONTWRITEBYTECODE = 1
 
 .PHONY: book test lab notebooks tangle data check clean
