@@ -154,7 +154,7 @@ RECIPES = {
         d_state=32,
         dropout=0.0,
         epochs=8,
-        epoch_size=7_500,
+        epoch_size=4_000,
         warmup=0.1,
         validation=0.04,
     ),
