@@ -70,7 +70,7 @@ async () => {
     found.push("formula in error: " + show(node.closest("mjx-container") ?? node));
   const code = "pre, code, script, style, noscript, textarea, mjx-container";
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  const source = /\$\$|\\\(|\\\[|\\begin\{|\{[a-z:]+\}`/;
+  const source = /\$\$|\\\(|\\\[|\\begin\{|\{[a-z:]+\}`|\|\s*-{3,}/;
   for (let node; (node = texts.nextNode()); )
     if (source.test(node.data) && !node.parentElement.closest(code))
       found.push("source left in the text: " + show(node));
@@ -338,6 +338,7 @@ DEFECTS = [
     ("source left in the text", "<p>Not typeset: $$x$$.</p>"),
     ("source left in the text", r"<p>Not typeset: \(x\).</p>"),
     ("source left in the text", "<p>See {eq}`eq-absent`.</p>"),
+    ("source left in the text", "<p>| a | b | |---|---| | 1 | 2 |</p>"),
     ("image missing", '<img src="absent.png" alt="Nothing.">'),
     ("image missing", '<img loading="lazy" style="margin-top: 9999px" src="x.svg" alt="No.">'),
     ("image without alt text", f'<img src="{PIXEL}">'),
