@@ -49,6 +49,7 @@ def legendre(N: int, xi: Tensor) -> Tensor:
     return torch.stack(values[:N])
 
 
+#: The measures for which a HiPPO system is built.
 MEASURES = ("legs", "legt", "lagt", "fout")
 
 

@@ -132,6 +132,7 @@ def _check_recipe(recipe: Recipe) -> None:
             )
 
 
+#: The recipes that have a name.
 RECIPES = {
     "digits": Recipe(
         "digits",

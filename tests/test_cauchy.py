@@ -1,15 +1,17 @@
 """Sums of fractions over conjugate pairs."""
 
 import math
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini import cauchy as chapter
 from s4mini.cauchy import cauchy, cauchy_naive, nodes
 from s4mini.generating import roots
+
+chapter = sys.modules["s4mini.cauchy"]  # s4mini.cauchy is the function
 
 
 def sums(*batch, k=3, n=4, seed=0, dtype=torch.complex128):
