@@ -18,6 +18,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "read_idx",
     "official",
     "raster",
+    "Batch",
     "SequenceData",
     "load",
     "download",
@@ -343,6 +345,22 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"images: expected shape (B, W, W, 1 or 3), got {shape}")
 
 
+class Batch(NamedTuple):
+    """Some examples of a data set, drawn together.
+
+    Attributes:
+        u: (B, L, channels) float32 sequences; zero where an example has ended.
+        target: (B,) int64 labels, or (B, horizon, channels) values to come.
+        lengths: (B,) int64, how long each example is; None where all have L.
+
+    Source: book/data.md.
+    """
+
+    u: Tensor
+    target: Tensor
+    lengths: Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceData:
     """Labelled images that are read as sequences.
@@ -371,11 +389,26 @@ class SequenceData:
     std: Tensor
 
     @property
+    def task(self) -> str:
+        """What is to be predicted: "classify" or "forecast"."""
+        return "classify"
+
+    @property
+    def channels(self) -> int:
+        """How many numbers each step of a sequence holds."""
+        return len(self.mean)
+
+    @property
     def length(self) -> int:
         """The length L of a sequence."""
         return self.size**2
 
-    def batch(self, split: str, index: Tensor) -> tuple[Tensor, Tensor]:
+    def count(self, split: str) -> int:
+        """How many examples a split has."""
+        check_choice("split", split, tuple(self.labels))
+        return len(self.labels[split])
+
+    def batch(self, split: str, index: Tensor) -> Batch:
         """Return sequences u (B, L, channels) and their labels (B,).
 
         split is "train" or "test", index a tensor of B integers.
@@ -383,7 +416,8 @@ class SequenceData:
         check_choice("split", split, tuple(self.images))
         _check_index(index, len(self.labels[split]))
         u = raster(self.images[split][index], self.gray, self.size)
-        return (u - self.mean) / self.std, self.labels[split][index]
+        u = (u - self.mean) / self.std
+        return Batch(u, self.labels[split][index])
 
     def pictures(self, u: Tensor) -> Tensor:
         """Undo batch: images (B, size, size, channels) between 0 and 1."""

@@ -416,13 +416,13 @@ class SequenceClassifier(pl.LightningModule):
         self.sums = {k: torch.zeros(3, device=self.device) for k in _KINDS}
 
     def training_step(self, batch: tuple, number: int) -> Tensor:
-        loss = self._loss("train", *batch)
+        loss = self._loss("train", *batch[:2])
         _check_loss(self, loss, number)
         self.log("loss", loss, prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: tuple, number: int) -> None:
-        self._loss("validation", *batch)
+        self._loss("validation", *batch[:2])
 
     def _loss(self, kind: str, u: Tensor, target: Tensor) -> Tensor:
         logits = self.model(u)

@@ -62,7 +62,7 @@ def test_cifar10_is_read_plane_by_plane(folder):
 def test_sequences_are_normalised_and_can_be_undone(folder, name):
     read = data.load(name, folder=folder)
     everything = torch.arange(len(read.labels["train"]))
-    u, target = read.batch("train", everything)
+    u, target, _ = read.batch("train", everything)
     assert u.dtype == torch.float32 and target.dtype == torch.int64
     assert u.shape == (len(everything), read.size**2, len(read.mean))
     std, mean = torch.std_mean(u, dim=(0, 1), correction=0)
@@ -74,7 +74,7 @@ def test_sequences_are_normalised_and_can_be_undone(folder, name):
 
 def test_the_test_set_is_normalised_by_the_training_set(folder):
     read = data.load("cifar10", folder=folder)
-    u, _ = read.batch("test", torch.arange(RECORDS))
+    u, *_ = read.batch("test", torch.arange(RECORDS))
     pixels = read.images["test"].double().flatten(1, 2)
     train = read.images["train"].double().flatten(0, 2)
     expected = (pixels - train.mean(0)) / train.std(0, correction=0)
@@ -104,7 +104,7 @@ def test_a_constant_channel_does_not_divide_by_zero(folder):
         content = np.frombuffer(path.read_bytes(), np.uint8).reshape(RECORDS, 3073).copy()
         content[:, 1:1025] = 7
         path.write_bytes(content.tobytes())
-    u, _ = data.load("cifar10", folder=folder).batch("train", torch.arange(3))
+    u, *_ = data.load("cifar10", folder=folder).batch("train", torch.arange(3))
     assert u.isfinite().all() and (u[..., 0] == 0).all()
 
 
