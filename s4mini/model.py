@@ -1,13 +1,21 @@
 """The network.
 
 Layers stacked into blocks, blocks into a model that reads a sequence and answers once,
-or at every step, in parallel or one sample at a time.
+or at every step, in parallel, one sample at a time, or in chunks; and three tasks for
+it.
 
 Tangled from book/model.md.
 """
 
+import contextlib
+import functools
+import importlib
+import inspect
+import io
+import json
 import math
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +24,16 @@ from torch import Generator, Tensor, nn
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
 from s4mini.layer import S4Layer, mask_padding
 
-__all__ = ["TiedDropout", "S4Block", "ModelState", "S4Model", "parameter_groups"]
+__all__ = [
+    "TiedDropout",
+    "S4Block",
+    "ModelState",
+    "S4Model",
+    "parameter_groups",
+    "S4Classifier",
+    "S4Forecaster",
+    "S4LanguageModel",
+]
 
 
 def _check_share(name: str, value: float) -> None:
@@ -84,6 +101,15 @@ class _SequenceNorm(nn.Module):
         return out
 
 
+def _check_generator(generator: Generator | None) -> None:
+    """Refuse what is no source of random numbers, such as a seed."""
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(
+            "generator: expected a torch.Generator, such as torch.Generator()"
+            f".manual_seed(0), or None, got {type(generator).__name__}"
+        )
+
+
 def _linear(d_in: int, d_out: int, generator: Generator | None) -> nn.Linear:
     """Make a linear map, drawn from the generator."""
     linear = nn.utils.skip_init(nn.Linear, d_in, d_out)
@@ -130,6 +156,7 @@ class S4Block(nn.Module):
     ) -> None:
         super().__init__()
         _check_share("dropout", dropout)
+        _check_generator(generator)
         self.prenorm = prenorm
         self.layer = S4Layer(
             d_model, d_state, measure, dt_min, dt_max, bidirectional, generator
@@ -166,6 +193,41 @@ class S4Block(nn.Module):
         return self.dropout(F.glu(self.mix(v), dim=-1))
 
 
+def _encoder(
+    tokens: bool, d_input: int, H: int, generator: Generator | None
+) -> nn.Module:
+    """Make the map from the input to the channels."""
+    check_choice("tokens", tokens, (False, True))
+    if not tokens:
+        return _linear(d_input, H, generator)
+    table = nn.utils.skip_init(nn.Embedding, d_input, H)
+    nn.init.normal_(table.weight, generator=generator)
+    return table
+
+
+def _check_tokens(name: str, u: Tensor, axes: str, size: int) -> None:
+    """Refuse anything but integers in 0 ... size - 1."""
+    if not isinstance(u, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(u).__name__}")
+    if u.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected integers, int64 or int32, got {u.dtype}")
+    if u.ndim != len(axes.split()) or 0 in u.shape:
+        wanted = ", ".join(axes.split())
+        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(u.shape)}")
+    low, high = (int(v) for v in u.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected 0 ... {size - 1}, got {low} to {high}")
+
+
+def _mask(u: Tensor, lengths: Tensor | None) -> Tensor:
+    """Set padding to zero, in vectors (B, L, H) or tokens (B, L)."""
+    if lengths is None:
+        return u
+    if isinstance(u, Tensor) and u.ndim == 2:
+        return mask_padding(u[..., None], lengths)[..., 0]
+    return mask_padding(u, lengths)
+
+
 def _pool(u: Tensor, pool: str, lengths: Tensor | None) -> Tensor:
     """Pool u (B, L, H), zero after lengths, over time."""
     if pool == "none":
@@ -179,26 +241,143 @@ def _pool(u: Tensor, pool: str, lengths: Tensor | None) -> Tensor:
 
 
 class ModelState(NamedTuple):
-    """What a model remembers between two steps.
+    """What a model remembers of the steps so far.
 
     Attributes:
         layers: the state of each layer, complex (B, H, N/2).
         mean: (B, H) the mean of the features so far, for pool "mean".
-        count: the number of steps so far.
+        count: (B,) int64, the steps so far.
 
     Source: book/model.md.
     """
 
     layers: tuple[Tensor, ...]
     mean: Tensor
-    count: int
+    count: Tensor
 
 
-class S4Model(nn.Module):
+def _add_to_mean(
+    state: ModelState, average: Tensor, n: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return mean and count after n (B,) more steps of this average."""
+    count = state.count + n  # (B,)
+    share = n.to(state.mean) / count
+    return state.mean + share[:, None] * (average - state.mean), count
+
+
+class _Saved(nn.Module):
+    """A module that knows the arguments it was made with, its config."""
+
+    config: dict
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights and arguments to a folder.
+
+        Args:
+            folder: where to; it is made if it is not there, and a model that
+                is there already is replaced.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub or safetensors is missing.
+            OSError: the folder or a file cannot be written.
+            ValueError: the parameters are not all float32 or all float64.
+        """
+        _save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read what save_pretrained has written; no network is asked.
+
+        Args:
+            folder: a folder on this machine.
+
+        Returns:
+            The model, in evaluation mode, on the CPU.
+
+        Raises:
+            FileNotFoundError: the folder, or a file in it, is missing.
+            ModuleNotFoundError: huggingface_hub or safetensors is missing.
+            ValueError: it holds another class, or a file is damaged.
+        """
+        return _load(cls, Path(folder))
+
+
+def _arguments(given: dict) -> dict:
+    """Return those of __init__'s arguments that a config keeps."""
+    left_out = ("self", "__class__", "generator")
+    return {k: v for k, v in given.items() if k not in left_out}
+
+
+class _Network(_Saved):
+    """Encoder, blocks and decoder, without the ways to run them."""
+
+    def __init__(self, d_input, d_output, blocks, prenorm, tokens, generator):
+        super().__init__()
+        self.d_input = check_int("d_input", d_input)
+        self.d_output = check_int("d_output", d_output)
+        self.tokens, H = tokens, blocks[0].layer.d_model
+        self.encoder = _encoder(tokens, d_input, H, generator)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(H) if prenorm else nn.Identity()
+        self.decoder = _linear(H, d_output, generator)
+
+    def _encode(self, u: Tensor, axes: str) -> Tensor:
+        """Examine u, and map it to the channels."""
+        if self.tokens:
+            _check_tokens("u", u, axes, self.d_input)
+            return self.encoder(u)
+        check_tensors(u=(u, f"real {axes} {self.d_input}"))
+        dtype = self.encoder.weight.dtype
+        mixed = torch.is_autocast_enabled(u.device.type)
+        if u.dtype != dtype and not mixed:
+            raise TypeError(f"u: expected {dtype} like the model, got {u.dtype}")
+        return self.encoder(u)
+
+    def _features(self, u, state, lengths, rate):
+        """Return the decoder's input at each step, and the layers' states."""
+        u = self._encode(_mask(u, lengths), "B L")
+        states = [None] * len(self.blocks)
+        if state is not None:
+            self._check_state(state, len(u))
+            states = list(state.layers)
+        for i, block in enumerate(self.blocks):
+            u, states[i] = block(u, states[i], lengths, rate)
+        return self.norm(u), tuple(states)
+
+    def _check_state(self, state: ModelState, batch: int) -> None:
+        """Refuse a state that is not of this model and batch."""
+        _check_model_state(state, batch, [b.layer for b in self.blocks])
+
+
+def _check_model_state(state: ModelState, batch: int, layers: list[S4Layer]) -> None:
+    """Refuse a state that is not of these layers and this batch."""
+    if not isinstance(state, ModelState):
+        kind = type(state).__name__
+        raise TypeError(
+            "state: expected a ModelState, such as "
+            f"model.initial_state(batch), got {kind}"
+        )
+    given = [tuple(getattr(x, "shape", ())) for x in state.layers]
+    shape = (batch, layers[0].d_model, layers[0].d_state // 2)
+    if given != [shape] * len(layers):
+        raise ValueError(
+            f"state.layers: expected {len(layers)} of shape {shape}, got {given}"
+        )
+    mean = (state.mean, f"real {batch} {layers[0].d_model}")
+    check_tensors(**{"state.mean": mean})
+    _check_tokens("state.count", state.count, "B", 2**63)
+    if len(state.count) != batch:
+        raise ValueError(
+            f"state.count: expected shape ({batch},), got {tuple(state.count.shape)}"
+        )
+
+
+class S4Model(_Network):
     """Read a sequence with a stack of S4 blocks.
 
     Args:
-        d_input: features of the input at each step.
+        d_input: features of the input at each step, or, with tokens, how many
+            different tokens there are.
         d_output: outputs, for the whole sequence or for each step.
         d_model: the number H of channels inside.
         n_layers: the number of blocks.
@@ -212,6 +391,8 @@ class S4Model(nn.Module):
         dt_max: the largest step at initialisation.
         pool: "mean" or "last" for one output, "none" for one at each step.
         generator: the source of the random initial values.
+        tokens: whether the input is integers 0 ... d_input - 1 of shape
+            (B, L) instead of vectors (B, L, d_input).
 
     Raises:
         TypeError: an argument is of a wrong kind.
@@ -236,15 +417,15 @@ class S4Model(nn.Module):
         dt_max: float = 1e-1,
         pool: str = "mean",
         generator: Generator | None = None,
+        *,
+        tokens: bool = False,
     ) -> None:
-        super().__init__()
+        config = _arguments(locals())
         check_choice("pool", pool, ("mean", "last", "none"))
-        self.d_input, self.pool = check_int("d_input", d_input), pool
-        d_output = check_int("d_output", d_output)
-        H = check_int("d_model", d_model)
+        check_int("d_input", d_input)
         blocks = [
             S4Block(
-                H,
+                d_model,
                 d_state,
                 dropout,
                 norm,
@@ -257,18 +438,16 @@ class S4Model(nn.Module):
             )
             for _ in range(check_int("n_layers", n_layers))
         ]
-        self.encoder = _linear(d_input, H, generator)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(H) if prenorm else nn.Identity()
-        self.decoder = _linear(H, d_output, generator)
+        super().__init__(d_input, d_output, blocks, prenorm, tokens, generator)
+        self.pool, self.config = pool, config
 
     def forward(
         self, u: Tensor, lengths: Tensor | None = None, rate: float = 1.0
     ) -> Tensor:
-        """Map sequences to outputs, in parallel over time.
+        """Map whole sequences to outputs, in parallel over time.
 
         Args:
-            u: (B, L, d_input) the input.
+            u: (B, L, d_input) the input, or (B, L) tokens.
             lengths: (B,) the steps of each sequence that count, integers in
                 1 ... L.
             rate: how many steps of the training data one step here spans: 2
@@ -283,67 +462,74 @@ class S4Model(nn.Module):
             ValueError: a shape, a length or the rate is wrong, or an entry
                 that counts is not finite.
         """
-        if lengths is not None:
-            u = mask_padding(u, lengths)
-        u = self._encode(u, "B L")
-        for block in self.blocks:
-            u, _ = block(u, None, lengths, rate)
-        y = self.decoder(_pool(self.norm(u), self.pool, lengths))
-        padded = self.pool == "none" and lengths is not None
-        return mask_padding(y, lengths) if padded else y
+        u, _ = self._features(u, None, lengths, rate)
+        y = self.decoder(_pool(u, self.pool, lengths))
+        return _mask(y, lengths) if self.pool == "none" else y
 
-    def _encode(self, u: Tensor, axes: str) -> Tensor:
-        """Examine u, and map it to the channels."""
-        check_tensors(u=(u, f"real {axes} {self.d_input}"))
-        dtype = self.encoder.weight.dtype
-        mixed = torch.is_autocast_enabled(u.device.type)
-        if u.dtype != dtype and not mixed:
-            raise TypeError(f"u: expected {dtype} like the model, got {u.dtype}")
-        return self.encoder(u)
+    def chunk(
+        self,
+        u: Tensor,
+        state: ModelState,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
+    ) -> tuple[Tensor, ModelState]:
+        """Map the next steps to outputs, in parallel, from a carried state.
 
-    def initial_state(self, batch: int) -> ModelState:
-        """Return the state of a fresh start for a batch of sequences."""
-        layers = [block.layer.initial_state(batch) for block in self.blocks]
-        mean = self.decoder.weight.new_zeros(batch, self.decoder.in_features)
-        return ModelState(tuple(layers), mean, 0)
+        Args:
+            u: (B, L, d_input) the next L steps, or (B, L) tokens.
+            state: of the steps before, or `initial_state(B)`.
+            lengths: (B,) the steps of each sequence that count.
+            rate: as in `forward`.
+
+        Returns:
+            What `forward` would give on all the steps so far: the pooled
+            output (B, d_output), or the outputs (B, L, d_output) of these
+            steps; and the state after the last step that counts. As with
+            `step`, the model must be in evaluation mode for that.
+
+        Raises:
+            TypeError: an argument is of a wrong kind.
+            ValueError: as in `forward`; or the state is not of this model and
+                batch, or the model is bidirectional.
+        """
+        if state is None:
+            self._check_state(state, 0)
+        u, layers = self._features(u, state, lengths, rate)
+        n = lengths
+        if n is None:
+            n = torch.full_like(state.count, u.shape[1])
+        mean, count = _add_to_mean(state, _pool(u, "mean", lengths), n)
+        pooled = mean if self.pool == "mean" else _pool(u, self.pool, lengths)
+        y = self.decoder(pooled)
+        y = _mask(y, lengths) if self.pool == "none" else y
+        return y, ModelState(layers, mean, count)
 
     def step(
         self, u: Tensor, state: ModelState, rate: float = 1.0
     ) -> tuple[Tensor, ModelState]:
         """Take one step: u (B, d_input) to the output so far, and a state.
 
-        In evaluation mode (`model.eval()`) the last output is that of
-        `forward`; in training mode dropout draws anew at each step.
+        Tokens are of shape (B,). In evaluation mode (`model.eval()`) the last
+        output is that of `forward`; in training mode dropout draws anew at
+        each step.
         """
         u, layers = self._encode(u, "B"), []
         self._check_state(state, len(u))
         for block, x in zip(self.blocks, state.layers, strict=True):
             u, x = block.step(u, x, rate)
             layers.append(x)
-        u, count = self.norm(u), state.count + 1
-        mean = state.mean + (u - state.mean) / count
+        u = self.norm(u)
+        one = torch.ones_like(state.count)
+        mean, count = _add_to_mean(state, u, one)
         y = self.decoder(mean if self.pool == "mean" else u)
         return y, ModelState(tuple(layers), mean, count)
 
-    def _check_state(self, state: ModelState, batch: int) -> None:
-        """Refuse a state that is not of this model and batch."""
-        if not isinstance(state, ModelState):
-            kind = type(state).__name__
-            raise TypeError(
-                "state: expected a ModelState, such as "
-                f"model.initial_state(batch), got {kind}"
-            )
-        given = [tuple(getattr(x, "shape", ())) for x in state.layers]
-        layer = self.blocks[0].layer
-        shape = (batch, layer.d_model, layer.d_state // 2)
-        if given != [shape] * len(self.blocks):
-            raise ValueError(
-                f"state.layers: expected {len(self.blocks)} of shape {shape}, "
-                f"got {given}"
-            )
-        mean = (state.mean, f"real {batch} {layer.d_model}")
-        check_tensors(**{"state.mean": mean})
-        check_int("state.count", state.count, minimum=0)
+    def initial_state(self, batch: int) -> ModelState:
+        """Return the state of a fresh start for a batch of sequences."""
+        layers = [block.layer.initial_state(batch) for block in self.blocks]
+        mean = self.decoder.weight.new_zeros(batch, self.decoder.in_features)
+        count = torch.zeros(batch, dtype=torch.int64, device=mean.device)
+        return ModelState(tuple(layers), mean, count)
 
 
 def parameter_groups(
@@ -392,3 +578,330 @@ def _group(module: nn.Module, name: str, parameter: Tensor) -> str:
     if isinstance(module, S4Layer):
         return "vectors" if name in ("C", "D") else "dynamics"
     return "vectors" if parameter.ndim < 2 else "weights"
+
+
+class _Task(_Saved):
+    """Hold a model, and run it as it runs."""
+
+    def __init__(self, model: S4Model) -> None:
+        super().__init__()
+        if not isinstance(model, S4Model):
+            kind = type(model).__name__
+            raise TypeError(f"model: expected an S4Model, got {kind}")
+        self.model = model
+        self.config = {"model": model.config}
+
+    def initial_state(self, batch: int) -> ModelState:
+        """Return the state of a fresh start for a batch of sequences."""
+        return self.model.initial_state(batch)
+
+
+class _ModelTask(_Task):
+    """A task whose outputs are the model's outputs."""
+
+    def forward(
+        self, u: Tensor, lengths: Tensor | None = None, rate: float = 1.0
+    ) -> Tensor:
+        """Return the model's outputs; arguments as in S4Model.forward."""
+        return self.model(u, lengths, rate)
+
+    def chunk(
+        self,
+        u: Tensor,
+        state: ModelState,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
+    ) -> tuple[Tensor, ModelState]:
+        """Run the next steps in parallel, as S4Model.chunk does."""
+        return self.model.chunk(u, state, lengths, rate)
+
+    def step(
+        self, u: Tensor, state: ModelState, rate: float = 1.0
+    ) -> tuple[Tensor, ModelState]:
+        """Take one step, as S4Model.step does."""
+        return self.model.step(u, state, rate)
+
+
+class S4Classifier(_ModelTask):
+    """Name the class of a sequence. `forward` returns logits (B, K).
+
+    Args:
+        model: with one output for each class, pooled.
+        classes: the K names, in the order of the outputs: a list or tuple.
+
+    Raises:
+        TypeError: model is not an S4Model, or classes no list of names.
+        ValueError: the model does not pool, or has not K outputs.
+
+    Source: book/model.md.
+    """
+
+    def __init__(self, model: S4Model, classes: list[str] | tuple[str, ...]) -> None:
+        super().__init__(model)
+        check_choice("model.pool", model.pool, ("mean", "last"))
+        listed = isinstance(classes, list | tuple)
+        if not listed or not all(isinstance(name, str) for name in classes):
+            raise TypeError(f"classes: expected a list of names, got {classes!r}")
+        if len(classes) != model.d_output:
+            raise ValueError(
+                f"classes: expected {model.d_output} names, one for each "
+                f"output of the model, got {len(classes)}"
+            )
+        self.classes = tuple(classes)
+        self.config["classes"] = list(classes)
+
+    @torch.no_grad()
+    def predict(
+        self, u: Tensor, lengths: Tensor | None = None, rate: float = 1.0
+    ) -> tuple[list[str], Tensor]:
+        """Return the most probable names, and all probabilities (B, K).
+
+        The model's mode counts: in training mode dropout is active.
+        """
+        probabilities = self(u, lengths, rate).softmax(-1)
+        best = probabilities.argmax(-1).tolist()
+        return [self.classes[i] for i in best], probabilities
+
+
+class S4Forecaster(_Task):
+    """Forecast the next steps of a signal from the steps so far.
+
+    Args:
+        model: with an output at each step: pool "none", no tokens.
+        horizon: how many steps are forecast.
+
+    Raises:
+        TypeError: model is not an S4Model, or horizon not an integer.
+        ValueError: the model pools or reads tokens, or horizon < 1.
+
+    Source: Gu et al. 2022a, section 4.3; book/model.md.
+    """
+
+    def __init__(self, model: S4Model, horizon: int) -> None:
+        super().__init__(model)
+        check_choice("model.pool", model.pool, ("none",))
+        check_choice("model.tokens", model.tokens, (False,))
+        self.horizon = self.config["horizon"] = check_int("horizon", horizon)
+
+    def forward(
+        self, u: Tensor, lengths: Tensor | None = None, rate: float = 1.0
+    ) -> Tensor:
+        """Map the context u (B, L, d_input) to (B, horizon, d_output).
+
+        With lengths (B,), the forecast begins after each one's last step.
+        """
+        check_tensors(u=(_mask(u, lengths), "real B L C"))
+        if lengths is None:
+            u = F.pad(u, (0, 0, 0, self.horizon))
+            return self.model(u, None, rate)[:, -self.horizon :]
+        u = F.pad(_mask(u, lengths), (0, 0, 0, self.horizon))
+        y = self.model(u, lengths + self.horizon, rate)
+        after = torch.arange(self.horizon, device=u.device)
+        rows = torch.arange(len(u), device=u.device)[:, None]
+        return y[rows, lengths[:, None] + after]  # (B, horizon, d_output)
+
+    def observe(
+        self,
+        u: Tensor,
+        state: ModelState,
+        lengths: Tensor | None = None,
+        rate: float = 1.0,
+    ) -> ModelState:
+        """Return the state after the next steps u (B, L, d_input)."""
+        return self.model.chunk(u, state, lengths, rate)[1]
+
+    def forecast(self, state: ModelState, rate: float = 1.0) -> Tensor:
+        """Map a state to what follows: (B, horizon, d_output)."""
+        batch = len(state.mean) if isinstance(state, ModelState) else 0
+        self.model._check_state(state, batch)
+        shape = batch, self.horizon, self.model.d_input
+        u = self.model.decoder.weight.new_zeros(shape)
+        return self.model.chunk(u, state, None, rate)[0]
+
+
+def _check_sampling(generator: Generator | None, temperature: float) -> None:
+    """Refuse a wrong temperature, or a draw without a source."""
+    if temperature != 0:
+        check_positive("temperature", temperature)
+        _check_generator(generator)
+        if generator is None:
+            raise TypeError(
+                "generator: expected a torch.Generator to draw from, unless "
+                "temperature is 0, got None"
+            )
+
+
+def _draw(logits: Tensor, generator: Generator | None, temperature: float) -> Tensor:
+    """Draw a token (B,) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = ((logits - logits.amax(-1, True)) / temperature).softmax(-1)
+    p = p.to(generator.device)  # the same draws on every machine
+    drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
+    return drawn.to(logits.device)
+
+
+class S4LanguageModel(_ModelTask):
+    """Score each token as the next one. `forward` returns logits (B, L, V).
+
+    The logits at a step are about the token of the step after it.
+
+    Args:
+        model: causal, of tokens, with an output for each token at each step:
+            S4Model(V, V, ..., pool="none", tokens=True).
+
+    Raises:
+        TypeError: model is not an S4Model.
+        ValueError: the model is of another kind than that.
+
+    Source: Gu et al. 2022a, section 4.3; book/model.md.
+    """
+
+    def __init__(self, model: S4Model) -> None:
+        super().__init__(model)
+        check_choice("model.pool", model.pool, ("none",))
+        check_choice("model.tokens", model.tokens, (True,))
+        check_choice("model.d_output", model.d_output, (model.d_input,))
+        bidirectional = model.blocks[0].layer.bidirectional
+        check_choice("model.bidirectional", bidirectional, (False,))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        steps: int,
+        generator: Generator | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Continue sequences of tokens, one step of the recurrence for each.
+
+        Args:
+            prompt: (B, L) the tokens so far, at least one.
+            steps: how many to add.
+            generator: the source of the draws.
+            temperature: what the logits are divided by, >= 0; 0 takes the
+                likeliest token and draws nothing.
+
+        Returns:
+            (B, steps) the tokens that follow. The mode of the model is
+            "evaluation" meanwhile, and restored afterwards.
+
+        Raises:
+            TypeError: an argument is of a wrong kind, or there is no
+                generator to draw from.
+            ValueError: steps < 1, temperature < 0, or prompt has another
+                shape or unknown tokens.
+        """
+        steps = check_int("steps", steps)
+        _check_sampling(generator, temperature)
+        _check_tokens("prompt", prompt, "B L", self.model.d_input)
+        training = self.training
+        self.eval()
+        try:
+            return self._generate(prompt, steps, generator, temperature)
+        finally:
+            self.train(training)
+
+    def _generate(self, prompt, steps, generator, temperature):
+        """Read the prompt as one chunk, then draw and step."""
+        state = self.initial_state(len(prompt))
+        logits, state = self.chunk(prompt, state)
+        drawn = [_draw(logits[:, -1], generator, temperature)]
+        for _ in range(steps - 1):
+            logits, state = self.step(drawn[-1], state)
+            drawn.append(_draw(logits, generator, temperature))
+        return torch.stack(drawn, 1)
+
+
+def _optional(name: str):
+    """Import what only saving and loading need."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'this needs {name}: pip install "s4mini[train]"', name=name
+        ) from error
+
+
+@functools.cache
+def _hub_class(kind: type[_Saved]) -> type[_Saved]:
+    """Return the class with the mixin of the Hugging Face Hub."""
+    _optional("safetensors")
+    mixin = _optional("huggingface_hub").PyTorchModelHubMixin
+    coders = {S4Model: (lambda m: m.config, lambda c: S4Model(**c))}
+
+    class Hub(mixin, kind, library_name="s4mini", coders=coders):
+        pass
+
+    return Hub
+
+
+def _view(module: nn.Module, kind: type) -> nn.Module:
+    """Return the same module, tensors and all, as one of another class."""
+    view = object.__new__(kind)
+    view.__dict__.update(module.__dict__)
+    view.__dict__.pop("_hub_mixin_config", None)
+    return view
+
+
+_PRECISIONS = {torch.float32: "float32", torch.float64: "float64"}
+
+
+def _save(module: _Saved, folder: Path) -> None:
+    """Write a module's weights and config to a folder."""
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    if len(dtypes) != 1 or not dtypes <= set(_PRECISIONS):
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(
+            f"parameters: expected all float32 or all float64, got {found}"
+        )
+    name = type(module).__name__
+    about = {"class": name, "dtype": _PRECISIONS[dtypes.pop()]}
+    hub = _hub_class(type(module))
+    hub.save_pretrained(_view(module, hub), folder, config=module.config | about)
+
+
+def _read_config(kind: type[_Saved], folder: Path) -> dict:
+    """Return a folder's config if it is complete and of this class."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name}: not found; from_pretrained reads a folder "
+                "that save_pretrained has written"
+            )
+    try:
+        config = dict(json.loads((folder / "config.json").read_text("utf8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: expected JSON: {error}") from error
+    found = config.get("class")
+    if found != kind.__name__:
+        raise ValueError(f"{folder}: expected a saved {kind.__name__}, found {found}")
+    check_choice("dtype", config.get("dtype"), [*_PRECISIONS.values()])
+    known = {"class", "dtype", *inspect.signature(kind).parameters}
+    if unknown := sorted(set(config) - known):
+        raise ValueError(
+            f"{folder / 'config.json'}: {kind.__name__} has no {unknown[0]}"
+        )
+    return config
+
+
+def _load(kind: type[_Saved], folder: Path) -> _Saved:
+    """Make a module from the folder that _save has written."""
+    hub = _hub_class(kind)
+    config = _read_config(kind, folder)
+    broken = _optional("safetensors").SafetensorError
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(getattr(torch, config["dtype"]))
+        with (
+            torch.random.fork_rng(devices=[]),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            module = hub.from_pretrained(folder, strict=True)
+    except (broken, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: expected a whole {kind.__name__}: {error}"
+        ) from error
+    finally:
+        torch.set_default_dtype(before)
+    return _view(module, kind)
