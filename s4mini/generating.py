@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from s4mini.checks import check_int, check_tensors
+from s4mini.checks import check_int, check_positive, check_tensors
 
 __all__ = ["generating_function", "roots", "truncated_C"]
 
@@ -85,39 +86,103 @@ def roots(
     return torch.polar(torch.ones_like(theta), -theta).to(dtype)
 
 
-def truncated_C(E: Tensor, C: Tensor, L: int) -> Tensor:
-    """Return C~ = C (I - A_bar^L), given E = A_bar - I.
+def truncated_C(E: Tensor, C: Tensor, L: int, weight: float = 1.0) -> Tensor:
+    """Return C~ = C (I - weight A_bar^L), given E = A_bar - I.
 
     Args:
         E: (..., N, N) the state matrix less the identity, dimensionless.
         C: (..., N) output vector; batch axes are broadcast.
         L: length of the kernel, >= 1.
+        weight: z^L at the nodes z, in (0, 1]; 1 on the unit circle.
 
     Returns:
         C~ (..., N), in the units of C.
 
     Raises:
         TypeError: E or C is not a tensor of numbers, or L no integer.
-        ValueError: shapes do not agree, an entry is not finite, or L < 1.
+        ValueError: shapes do not agree, an entry is not finite, L < 1, or
+            the weight is not in (0, 1].
 
     Source: Gu et al. 2022a, algorithm 1, line 1; book/generating.md.
     """
     L = check_int("L", L)
     check_tensors(E=(E, "... N N"), C=(C, "... N"))
     _check_batch(E=E.shape[:-2], C=C.shape[:-1])
+    check_positive("weight", weight)
+    if weight > 1:
+        raise ValueError(f"weight: expected a number in (0, 1], got {weight}")
     kind = torch.promote_types(E.dtype, C.dtype)
-    return _truncated_C(E.to(kind), C.to(kind), L)
+    E, C = E.to(kind), C.to(kind)
+    return (1 - weight) * C - weight * _power_row(E, C, L)
 
 
-def _truncated_C(E: Tensor, C: Tensor, L: int) -> Tensor:
-    """Do the work of truncated_C; nothing is examined."""
-    d = torch.zeros_like(C)  # C (A_bar^a - I), with a = 0 so far
+def _doublings(E: Tensor, C: Tensor, L: int) -> tuple[Tensor, list]:
+    """Return d_L (h, 1, N), and each E with the rows that met it."""
+    d, levels = torch.zeros_like(C), []
     while True:
-        for _ in range(L if L <= 16 else L % 2):
-            d = d + ((C + d).unsqueeze(-2) @ E).squeeze(-2)
-        if L <= 16:
-            return -d
-        E, L = 2 * E + E @ E, L // 2  # A_bar^2 - I, and half as many
+        rows = []
+        for _ in range(L if L <= 32 else L % 2):
+            rows.append(C + d)
+            d = torch.baddbmm(d, rows[-1], E)
+        levels.append((E, rows))
+        if L <= 32:
+            return d, levels
+        # A_bar^2 - I, and half as many steps
+        E, L = torch.baddbmm(E, E, E, beta=2), L // 2
+
+
+def _undo(levels: list, dd: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a derivative by d_L back to E (h, N, N) and C (h, 1, N)."""
+    dE, start = None, dd
+    for E, rows in reversed(levels):
+        after = []
+        for _ in rows:
+            after.append(dd)
+            dd = torch.baddbmm(dd, dd, E.mT)
+        if dE is not None:  # E' = 2 E + E E
+            twice = torch.baddbmm(dE, dE, E.mT, beta=2)
+            dE = torch.baddbmm(twice, E.mT, dE)
+        if rows:
+            X, G = torch.cat(rows, 1), torch.cat(after[::-1], 1)
+            dE = X.mT @ G if dE is None else torch.baddbmm(dE, X.mT, G)
+    return dE, dd - start
+
+
+class _PowerRow(torch.autograd.Function):
+    """d_L = C (A_bar^L - I) of (h, N, N) and (h, N), in pieces."""
+
+    @staticmethod
+    def forward(ctx, E, C, L):
+        ctx.save_for_backward(E, C)
+        ctx.L = L
+        parts = zip(_pieces(E), _pieces(C))
+        return torch.cat([_doublings(e, c[:, None], L)[0][:, 0] for e, c in parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dd):
+        E, C = ctx.saved_tensors
+        dE, dC = torch.empty_like(E), torch.empty_like(C)
+        for e, c, d, to_E, to_C in zip(*map(_pieces, (E, C, dd, dE, dC))):
+            _, levels = _doublings(e, c[:, None], ctx.L)
+            matrix, row = _undo(levels, d[:, None])
+            to_E.copy_(matrix)
+            to_C.copy_(row[:, 0])
+        return dE, dC, None
+
+
+def _pieces(t: Tensor) -> Sequence[Tensor]:
+    """Cut (h, ...) into pieces of a size that suits the device."""
+    return t.split(4096 if t.is_cuda else 64)
+
+
+def _power_row(E: Tensor, C: Tensor, L: int) -> Tensor:
+    """Return C (A_bar^L - I) (..., N); batch axes are broadcast."""
+    batch = torch.broadcast_shapes(E.shape[:-2], C.shape[:-1])
+    N = C.shape[-1]
+    matrices = E.expand(*batch, N, N).reshape(-1, N, N)
+    rows = C.expand(*batch, N).reshape(-1, N)
+    return _PowerRow.apply(matrices, rows, L).reshape(*batch, N)
 
 
 def _check_batch(**shapes: Sequence[int]) -> None:

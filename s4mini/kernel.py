@@ -11,7 +11,7 @@ from torch import Tensor
 
 from s4mini.cauchy import _cauchy, _cauchy_naive, nodes
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
-from s4mini.generating import _check_batch, _truncated_C
+from s4mini.generating import _check_batch, _power_row
 
 __all__ = ["dplr_difference", "dplr_kernel"]
 
@@ -84,7 +84,7 @@ def _alike(dt: float | Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
 def _line_1(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, L: int) -> Tensor:
     """Return C~ = C (I - A_bar^L), of the same half spectrum."""
     C = 2 * torch.cat((C.real, -C.imag), -1)  # real coordinates
-    C = _truncated_C(_difference(Lambda, P, dt), C, L)
+    C = -_power_row(_difference(Lambda, P, dt), C, L)
     real, imag = C.tensor_split(2, -1)
     return torch.complex(real, -imag) / 2
 
