@@ -1,4 +1,4 @@
-"""Data sets as sequences: formats, damaged files, order of pixels, downloading."""
+"""Data sets as sequences: formats, damaged files, orders, generators, downloading."""
 
 import functools
 import gzip
@@ -6,15 +6,22 @@ import hashlib
 import http.server
 import io
 import os
+import random
+import re
 import struct
 import tarfile
 import threading
+import wave
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from s4mini import data
+from s4mini.data import LISTOPS
 
 RECORDS = 20
 
@@ -30,10 +37,39 @@ def idx_file(array):
     return header + array.astype(np.uint8).tobytes()
 
 
+def wav_file(samples, channels=1, width=2, rate=8000):
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(channels), file.setsampwidth(width), file.setframerate(rate)
+        file.writeframes(samples.astype(f"<i{width}").tobytes())
+    return buffer.getvalue()
+
+
+HOURS = 20 * 30 * 24 + 100
+
+
+def ett_file(rng):
+    hours = np.datetime64("2016-07-01T00") + np.arange(HOURS)
+    days = [str(h).replace("T", " ") + ":00:00" for h in hours]
+    rows = rng.normal(10, 3, (HOURS, 7))
+    lines = [
+        f"{d},{','.join(repr(float(v)) for v in row)}" for d, row in zip(days, rows, strict=True)
+    ]
+    return "\n".join(["date,HUFL,HULL,MUFL,MULL,LUFL,LULL,OT", *lines, ""])
+
+
+@pytest.fixture(scope="session")
+def ett_text():
+    return ett_file(np.random.default_rng(1))
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Tiny, valid copies of CIFAR-10 and MNIST."""
+def folder(tmp_path, monkeypatch, ett_text):
+    """Tiny, valid copies of all data sets that have files."""
     monkeypatch.setattr(data, "_RECORDS", RECORDS)
+    monkeypatch.setattr(data, "_HOURS", HOURS)
+    monkeypatch.setattr(data, "_RECORDINGS", 7)
+    monkeypatch.setattr(data, "_SPEAKERS", ("ann", "bob"))
     rng = np.random.default_rng(0)
     cifar10, mnist = tmp_path / "cifar-10-batches-bin", tmp_path / "mnist"
     cifar10.mkdir(), mnist.mkdir()
@@ -44,6 +80,13 @@ def folder(tmp_path, monkeypatch):
         (mnist / f"{split}-images-idx3-ubyte").write_bytes(idx_file(images))
         packed = gzip.compress(idx_file(np.arange(n) % 10))
         (mnist / f"{split}-labels-idx1-ubyte.gz").write_bytes(packed)
+    speech, ett = tmp_path / "fsdd" / "recordings", tmp_path / "ETT-small"
+    speech.mkdir(parents=True), ett.mkdir()
+    for file in data._files("speech"):
+        sound = rng.integers(-(2**15), 2**15, rng.integers(10, 90))
+        (speech / file).write_bytes(wav_file(sound))
+    for file in ("ETTh1.csv", "ETTh2.csv"):
+        (ett / file).write_text(ett_text)
     return tmp_path
 
 
@@ -58,9 +101,11 @@ def test_cifar10_is_read_plane_by_plane(folder):
     assert labels.tolist() == list(raw[::3073])
 
 
-@pytest.mark.parametrize("name", data.NAMES)
-def test_sequences_are_normalised_and_can_be_undone(folder, name):
-    read = data.load(name, folder=folder)
+@pytest.mark.parametrize("order", ["raster", "permuted", "bitreversal"])
+@pytest.mark.parametrize("name", data._IMAGES)
+def test_images_are_normalised_and_can_be_undone(folder, name, order):
+    made = {"examples": 20} if name == "pathfinder" else {}
+    read = data.load(name, folder=folder, order=order, **made)
     everything = torch.arange(len(read.labels["train"]))
     u, target, _ = read.batch("train", everything)
     assert u.dtype == torch.float32 and target.dtype == torch.int64
@@ -127,10 +172,11 @@ def test_a_copy_is_called_a_copy(folder, monkeypatch):
 def test_data_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("S4MINI_DATA", str(tmp_path))
     assert data.data_dir() == tmp_path
-    assert not data.available("cifar10")
-    with pytest.raises(FileNotFoundError, match="make data") as caught:
-        data.load("cifar10")
-    assert str(tmp_path) in str(caught.value)
+    for name in set(data.NAMES) - set(data._HERE):
+        assert not data.available(name)
+        with pytest.raises(FileNotFoundError, match="make data") as caught:
+            data.load(name)
+        assert str(tmp_path / data._FOLDERS[name]) in str(caught.value)
     monkeypatch.delenv("S4MINI_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert data.data_dir() == tmp_path / "cache" / "s4mini"
@@ -148,6 +194,14 @@ def damage(path, how):
         path.write_bytes(bytes([10]) + content[1:])
     elif how == "magic":
         path.write_bytes(b"\0\0\x08\x01" + content[4:])
+    elif how == "stereo":
+        path.write_bytes(wav_file(np.arange(20), channels=2))
+    elif how == "silent":
+        path.write_bytes(wav_file(np.arange(0)))
+    elif how == "rate":
+        path.write_bytes(wav_file(np.arange(20), rate=16000))
+    else:  # a pattern and what takes its place
+        path.write_text(re.sub(how[0], how[1], path.read_text(), count=1))
 
 
 DAMAGED = [
@@ -161,6 +215,20 @@ DAMAGED = [
     ("mnist", "t10k-images-idx3-ubyte", "magic", "magic number 2051, found 2049"),
     ("mnist", "train-labels-idx1-ubyte.gz", "truncated", "whole gzip file"),
     ("mnist", "t10k-labels-idx1-ubyte.gz", "mislabelled", "whole gzip file"),
+    ("speech", "3_ann_2.wav", "truncated", r"expected \d+ bytes of sound, found"),
+    ("speech", "3_ann_2.wav", "empty", "expected a WAV file"),
+    ("speech", "0_bob_6.wav", "mislabelled", "expected a WAV file"),
+    ("speech", "0_bob_6.wav", "stereo", "found 2 of 2 at 8000"),
+    ("speech", "0_bob_6.wav", "rate", "found 1 of 2 at 16000"),
+    ("speech", "0_bob_6.wav", "silent", "found 0"),
+    ("etth1", "ETTh1.csv", "truncated", f"expected {HOURS} whole rows"),
+    ("etth1", "ETTh1.csv", "empty", "expected columns date,HUFL"),
+    ("etth1", "ETTh1.csv", ("HUFL,HULL", "HULL,HUFL"), "found 'date,HULL,HUFL"),
+    ("etth2", "ETTh2.csv", ("2016-07-02 .*\n", ""), "expected 14500 whole rows of 7 num.*14499"),
+    ("etth2", "ETTh2.csv", ("07-01 05", "07-01 06"), "an hour after 2016-07-01T04"),
+    ("etth2", "ETTh2.csv", (r"(07-01 05:00:00),[^,]*", r"\1,nan"), "finite numbers, row 5"),
+    ("etth2", "ETTh2.csv", (r"(07-01 05:00:00),[^,]*", r"\1"), "a time and 7 numbers"),
+    ("etth2", "ETTh2.csv", (r"(07-01 05:00:00),[^,]*", r"\1,x"), "a time and 7 numbers"),
 ]
 
 
@@ -182,6 +250,269 @@ def test_labels_that_do_not_fit_are_refused(folder):
         data.load("mnist", folder=folder)
 
 
+def test_a_truncated_table_is_refused_even_in_mid_number(folder):
+    path = folder / "ETT-small" / "ETTh1.csv"
+    path.write_bytes(path.read_bytes()[:-5])  # a shorter last number, no end of line
+    with pytest.raises(ValueError, match="whole rows"):
+        data.load("etth1", folder=folder)
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 8, 64, 784, 1024])
+def test_orders_are_permutations(L):
+    for order in ("raster", "permuted", "bitreversal"):
+        steps = data.reading_order(order, L)
+        assert torch.equal(steps.sort().values, torch.arange(L))
+        assert torch.equal(steps, data.reading_order(order, L))
+
+
+def test_bit_reversal_is_that_of_the_official_code():
+    def reversal(m):  # by its recursion: even places first
+        half = reversal(m - 1) if m else None
+        return [0] if half is None else [2 * k for k in half] + [2 * k + 1 for k in half]
+
+    for L in (8, 11, 784):
+        m = (L - 1).bit_length()
+        # even-odd interleaving reversed: number of place k is the reversed digits of k
+        digits = [int(f"{k:0{m}b}"[::-1], 2) for k in range(2**m)]
+        assert reversal(m) == digits
+        assert data.reading_order("bitreversal", L).tolist() == [k for k in digits if k < L]
+
+
+def test_the_random_order_is_the_one_of_the_literature():
+    steps = data.reading_order("permuted", 784)
+    assert steps[:5].tolist() == np.random.RandomState(92916).permutation(784)[:5].tolist()
+    assert steps[:5].tolist() == [319, 576, 323, 107, 355]
+
+
+def test_orders_move_pixels_only(folder):
+    read = {o: data.load("mnist", folder=folder, order=o) for o in data._ORDERS}
+    index = torch.arange(5)
+    u = {o: d.batch("test", index).u for o, d in read.items()}
+    for order, d in read.items():
+        assert torch.equal(u[order], u["raster"][:, data.reading_order(order, 784)])
+        assert torch.equal(d.pictures(u[order]), read["raster"].pictures(u["raster"]))
+
+
+def test_speech_follows_the_official_split_and_pads_with_zeros(folder):
+    read = data.load("speech", folder=folder, length=60)
+    assert read.splits == ("train", "test") and read.task == "classify"
+    assert (read.count("train"), read.count("test")) == (10 * 2 * 2, 10 * 2 * 5)
+    root = folder / "fsdd" / "recordings"
+    train = np.concatenate(
+        [data.read_wav(root / f) for f in data._files("speech") if f[-5] in "56"]
+    ).astype(float)
+    u, target, lengths = read.batch("test", torch.arange(100))
+    assert u.shape == (100, 60, 1) and u.dtype == torch.float32
+    files = [f for f in data._files("speech") if f[-5] in "01234"]
+    for k in (0, 7, 41, 99):
+        sound = data.read_wav(root / files[k])[:60]
+        assert target[k] == int(files[k][0]) and lengths[k] == len(sound)
+        expected = torch.from_numpy((sound - train.mean()) / train.std())
+        torch.testing.assert_close(u[k, : len(sound), 0].double(), expected, rtol=0, atol=1e-5)
+        assert (u[k, len(sound) :] == 0).all()
+
+
+def test_windows_are_those_of_the_official_loader(folder):
+    L, h, month = 100, 24, 30 * 24
+    _, values = data.read_ett(folder / "ETT-small" / "ETTh2.csv")
+    scaled = (values - values[: 12 * month].mean(0)) / values[: 12 * month].std(0)
+    borders = {"train": (0, 12), "validation": (12, 16), "test": (16, 20)}
+    for univariate in (True, False):
+        read = data.load("etth2", folder=folder, length=L, horizon=h, univariate=univariate)
+        assert read.task == "forecast" and read.classes == () and read.splits == tuple(borders)
+        assert read.channels == (1 if univariate else 7) and read.columns[-1] == "OT"
+        kept = scaled[:, -1:] if univariate else scaled
+        for split, (begin, end) in borders.items():
+            part = kept[max(0, begin * month - L) : end * month]
+            assert read.count(split) == len(part) - L - h + 1
+            index = torch.tensor([0, 1, read.count(split) - 1])
+            u, target, lengths = read.batch(split, index)
+            assert lengths is None and target.shape == (3, h, read.channels)
+            for k, i in enumerate(index):
+                seen, future = part[i : i + L], part[i + L : i + L + h]
+                assert np.abs(u[k].numpy() - seen).max() < 1e-5
+                assert np.abs(target[k].numpy() - future).max() < 1e-5
+        back = read.values * read.std + read.mean
+        assert np.abs(back.numpy() - values[:, -read.channels :]).max() < 1e-4
+
+
+def recursive_value(words):
+    """The value of an expression by recursion on text: independent of the library's."""
+    word = words.pop(0)
+    if word.isdigit():
+        return int(word)
+    values = []
+    while words[0] != "]":
+        values.append(recursive_value(words))
+    words.pop(0)
+    rules = {
+        "[MIN": min,
+        "[MAX": max,
+        "[MED": lambda v: int(np.median(v)),
+        "[SM": lambda v: int(np.sum(v) % 10),
+    }
+    return rules[word](values)
+
+
+def levels(symbols):
+    depth = np.cumsum([(s in range(10, 14)) - (s == LISTOPS.index("]")) for s in symbols])
+    return 1 + depth.max()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**40),
+    length=st.integers(8, 300),
+    depth=st.integers(4, 12),
+    arguments=st.integers(5, 12),
+)
+def test_expressions_keep_their_rules(seed, length, depth, arguments):
+    symbols = data.draw_listops(random.Random(seed), length, depth, arguments)
+    assert length // 4 < len(symbols) < length
+    assert levels(symbols) <= depth
+    words = [LISTOPS[s] for s in symbols]
+    assert data.evaluate_listops(symbols) == recursive_value(words) and not words
+    again = data.draw_listops(random.Random(seed), length, depth, arguments)
+    assert again == symbols
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("7", 7),
+        ("[MIN 3 5 1 ]", 1),
+        ("[MAX 3 [SM 9 9 ] 1 ]", 8),
+        ("[MED 1 2 ]", 1),
+        ("[MED 9 0 4 ]", 4),
+        ("[MED 9 0 4 5 ]", 4),
+        ("[SM 9 9 9 9 9 9 9 9 9 9 ]", 0),
+        ("[MIN [MAX 1 [MED 5 7 6 ] ] 9 ]", 6),
+    ],
+)
+def test_expressions_have_the_right_value(text, value):
+    assert data.evaluate_listops([LISTOPS.index(w) for w in text.split()]) == value
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "0 lists left open and 0 values"),
+        ("1 2", "0 lists left open and 2 values"),
+        ("[MIN 1 2", "1 lists left open and 0 values"),
+        ("[MIN ]", "unexpected 14 at position 1"),
+        ("1 ]", "unexpected 14 at position 1"),
+    ],
+)
+def test_what_is_no_expression_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        data.evaluate_listops([LISTOPS.index(w) for w in text.split()])
+    with pytest.raises(ValueError, match="unexpected 15 at position 0"):
+        data.evaluate_listops([15])
+
+
+def test_listops_is_what_long_range_arena_asks_for():
+    read = data.load("listops", examples=30)
+    assert read.classes == tuple("0123456789") and read.channels == len(LISTOPS) == 15
+    assert [read.count(s) for s in ("train", "validation", "test")] == [30, 3, 3]
+    u, target, lengths = read.batch("train", torch.arange(30))
+    assert u.shape == (30, 2000, 15) and u.dtype == torch.float32
+    assert lengths.min() > 500 and lengths.max() < 2000
+    for k in range(30):
+        n = lengths[k]
+        assert (u[k, :n].sum(-1) == 1).all() and (u[k, n:] == 0).all()
+        symbols = u[k, :n].argmax(-1).tolist()
+        assert data.evaluate_listops(symbols) == target[k] and levels(symbols) <= 10
+    assert data._MOST == {"listops": (96_000, 2000), "pathfinder": (160_000, 20_000)}
+
+
+def same(one, other):
+    assert one.splits == other.splits
+    for split in one.splits:
+        index = torch.arange(one.count(split))
+        ours, theirs = one.batch(split, index), other.batch(split, index)
+        assert torch.equal(ours.u, theirs.u) and torch.equal(ours.target, theirs.target)
+
+
+@pytest.mark.parametrize("name, options", [("listops", {"length": 60}), ("pathfinder", {})])
+def test_made_data_depend_on_the_seed_only(name, options):
+    n = 300 if name == "listops" else 30
+    one = data.load(name, examples=n, **options)
+    same(one, data.load(name, examples=n, **options))
+    other = data.load(name, examples=n, seed=1, **options)
+    index = torch.arange(20)
+    assert not torch.equal(one.batch("train", index).u, other.batch("train", index).u)
+    assert not torch.equal(one.batch("train", index[:3]).u, one.batch("test", index[:3]).u)
+
+
+def test_made_data_do_not_depend_on_the_number_of_workers():
+    options = {"examples": 600, "length": 40, "seed": 5}
+    same(data.load("listops", **options), data.load("listops", **options, workers=3))
+
+
+def test_curves_and_dots_are_what_the_label_says():
+    agree, labels = 0, []
+    for seed in range(150):
+        image, label = data.draw_pathfinder(np.random.RandomState(seed))
+        assert image.shape == (32, 32) and image.dtype == np.uint8
+        bright = image > 0.8 * 255
+        dots, found = scipy.ndimage.label(bright, np.ones((3, 3)))
+        parts, _ = scipy.ndimage.label(image > 20, np.ones((3, 3)))
+        if found == 2:
+            touched = [set(parts[dots == k].tolist()) for k in (1, 2)]
+            agree += (touched[0] == touched[1]) == bool(label)
+        labels.append(label)
+    assert agree >= 140  # dots and dashes touch now and then, at 32 x 32 pixels
+    assert 50 < sum(labels) < 100
+
+
+def test_curves_keep_apart_and_the_label_decides_the_second_dot_only():
+    for seed in range(40):
+        a, b, _ = data._two_curves(np.random.RandomState(seed))
+        assert abs(abs(a[-1] - a[0]) - abs(b[0] - a[0])) < 1e-9
+        assert abs(a[:, None] - b).min() > data._ROOM - 0.75  # pixels have a width
+        for curve in (a, b):
+            assert min(curve.real.min(), curve.imag.min()) > 2
+            assert max(curve.real.max(), curve.imag.max()) < 30
+        image, label = data.draw_pathfinder(np.random.RandomState(seed))
+        ends = (a[0], a[-1]) if label else (a[0], b[0])
+        for z in ends:
+            assert image[int(z.imag), int(z.real)] == 255
+
+
+def test_pathfinder_is_an_image_set():
+    read = data.load("pathfinder", examples=20, size=16, order="permuted")
+    assert read.classes == ("apart", "joined") and read.length == 256 and read.channels == 1
+    assert read.splits == ("train", "validation", "test") and read.count("test") == 2
+    assert "made by s4mini" in read.title and not data.official("pathfinder")
+
+
+@pytest.mark.parametrize("name", data.NAMES)
+def test_every_data_set_has_the_same_interface(folder, name):
+    made = {"examples": 10} if name in data._MADE else {}
+    read = data.load(name, folder=folder, **made)
+    assert read.name == name and read.title and read.task in ("classify", "forecast")
+    for split in read.splits:
+        batch = read.batch(split, torch.tensor([0]))
+        assert isinstance(batch, data.Batch) and batch.u.dtype == torch.float32
+        assert batch.u.shape == (1, read.length, read.channels)
+        if read.task == "classify":
+            assert batch.target.dtype == torch.int64 and 0 <= batch.target < len(read.classes)
+            assert len(read.labels[split]) == read.count(split)
+        else:
+            assert batch.target.shape == (1, read.horizon, read.channels)
+        if batch.lengths is not None:
+            assert batch.lengths.dtype == torch.int64 and 0 < batch.lengths <= read.length
+        with pytest.raises(ValueError, match="index"):
+            read.batch(split, torch.tensor([read.count(split)]))
+    with pytest.raises(ValueError, match="split"):
+        read.batch("dev", torch.tensor([0]))
+    moved = read.to("meta")
+    tensors = [v for v in vars(moved).values() if isinstance(v, torch.Tensor)]
+    tensors += [t for v in vars(moved).values() if isinstance(v, dict) for t in v.values()]
+    assert tensors and all(t.device.type == "meta" for t in tensors)
+    assert read.mean.device.type == "cpu"
+
+
 IMAGES = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
 BAD_CALLS = [
     (ValueError, "name", lambda: data.load("imagenet")),
@@ -201,6 +532,36 @@ BAD_CALLS = [
     (FileNotFoundError, "nowhere", lambda: data.read_cifar10("nowhere.bin")),
     (FileNotFoundError, "nowhere", lambda: data.read_idx("nowhere", 3)),
     (ValueError, "axes", lambda: data.read_idx("nowhere", 0)),
+    (FileNotFoundError, "nowhere", lambda: data.read_wav("nowhere.wav")),
+    (FileNotFoundError, "nowhere", lambda: data.read_ett("nowhere.csv")),
+    (ValueError, "order", lambda: data.load("digits", order="columns")),
+    (ValueError, "order", lambda: data.reading_order("columns", 4)),
+    (ValueError, "L", lambda: data.reading_order("permuted", 0)),
+    (TypeError, "L", lambda: data.reading_order("permuted", 4.0)),
+    (ValueError, "order: an option of cifar10", lambda: data.load("etth1", order="permuted")),
+    (ValueError, "size: an option of", lambda: data.load("speech", size=4)),
+    (ValueError, "length: an option of speech", lambda: data.load("digits", length=4)),
+    (ValueError, "horizon: an option of etth1", lambda: data.load("listops", horizon=4)),
+    (ValueError, "univariate: an option of", lambda: data.load("digits", univariate=False)),
+    (ValueError, "examples: an option of", lambda: data.load("digits", examples=4)),
+    (ValueError, "seed: an option of", lambda: data.load("speech", seed=4)),
+    (ValueError, "workers: an option of", lambda: data.load("mnist", workers=4)),
+    (ValueError, "horizon", lambda: data.load("etth1", horizon=0)),
+    (TypeError, "horizon", lambda: data.load("etth1", horizon=None)),
+    (ValueError, "univariate", lambda: data.load("etth1", univariate="OT")),
+    (ValueError, "length, horizon: .* train split", lambda: data.load("etth1", length=9000)),
+    (ValueError, "length, horizon: .* validation", lambda: data.load("etth2", horizon=2881)),
+    (ValueError, "length", lambda: data.load("listops", length=7, examples=1)),
+    (ValueError, "examples", lambda: data.load("listops", examples=0)),
+    (ValueError, "seed", lambda: data.load("listops", seed=-1)),
+    (ValueError, "seed", lambda: data.load("pathfinder", seed=2**32)),
+    (TypeError, "workers", lambda: data.load("listops", workers=1.5)),
+    (TypeError, "rng", lambda: data.draw_listops(0)),
+    (ValueError, "depth", lambda: data.draw_listops(random.Random(0), depth=1)),
+    (ValueError, "arguments", lambda: data.draw_listops(random.Random(0), arguments=1)),
+    (ValueError, "length", lambda: data.draw_listops(random.Random(0), 4)),
+    (ValueError, "at most 39", lambda: data.draw_listops(random.Random(0), 40, 3, 2)),
+    (TypeError, "rng", lambda: data.draw_pathfinder(np.random.default_rng(0))),
     (TypeError, "axes", lambda: data.read_idx("nowhere", 3.0)),
 ]
 
@@ -214,85 +575,152 @@ def test_bad_calls(kind, word, call):
 @pytest.fixture
 def server(tmp_path):
     """A web server on this machine, and the folder it serves."""
-    root = tmp_path / "served"
+    root, asked = tmp_path / "served", []
     root.mkdir()
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
+        """Knows ranges, and can be told to break off (root/break: after so many bytes)."""
+
         def log_message(self, *args):
             pass
+
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Range")))
+            path = root / self.path.lstrip("/")
+            if not path.exists():
+                return self.send_error(404)
+            content, begin = path.read_bytes(), 0
+            if (text := self.headers.get("Range")) and not (root / "no-ranges").exists():
+                begin = int(text.removeprefix("bytes=").removesuffix("-"))
+                if begin >= len(content):
+                    return self.send_error(416)
+            self.send_response(206 if begin else 200)
+            self.send_header("Content-Length", str(len(content) - begin))
+            self.end_headers()
+            stop = root / "break"
+            end = int(stop.read_text()) if stop.exists() else None
+            self.wfile.write(content[begin:][:end])
 
     handler = functools.partial(Quiet, directory=root)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield root, f"http://127.0.0.1:{running.server_port}/"
+        yield root, f"http://127.0.0.1:{running.server_port}/", asked
         running.shutdown()
 
 
 def archive(folder, names):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name in names:
-            tar.add(folder / "cifar-10-batches-bin" / name, f"cifar-10-batches-bin/{name}")
+        for name in reversed(names):
+            tar.add(folder / name, f"archive-1.0/{folder.name}/{name}")
+        tar.addfile(tarfile.TarInfo("archive-1.0/README.md"))
     return buffer.getvalue()
 
 
 @pytest.fixture
 def published(folder, server, monkeypatch):
-    """CIFAR-10 and MNIST as their sites publish them, from this machine."""
-    root, url = server
-    content = archive(folder, data._SHA1["cifar10"])
+    """All data sets as their sites publish them, from this machine."""
+    root, url, _ = server
+    content = archive(folder / "cifar-10-batches-bin", data._files("cifar10"))
     (root / "cifar.tar.gz").write_bytes(content)
     monkeypatch.setattr(data, "_CIFAR10_URL", url + "cifar.tar.gz")
-    monkeypatch.setattr(data, "_CIFAR10_MD5", "md5:" + hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(data, "_CIFAR10_MD5", hashlib.md5(content).hexdigest())
+    content = archive(folder / "fsdd" / "recordings", data._files("speech"))
+    (root / "speech.tar.gz").write_bytes(content)
+    monkeypatch.setattr(data, "_SPEECH_URL", url + "speech.tar.gz")
+    monkeypatch.setattr(data, "_ETT_URL", url)
+    tables = {}
+    for name in ("ETTh1.csv", "ETTh2.csv"):
+        content = (folder / "ETT-small" / name).read_bytes()
+        (root / name).write_bytes(content)
+        tables[name] = hashlib.md5(content).hexdigest()
+    monkeypatch.setattr(data, "_ETT_MD5", tables)
     sums = {}
     for name in data._MNIST_MD5:
         raw = folder / "mnist" / name.removesuffix(".gz")
         packed = gzip.compress(raw.read_bytes()) if raw.exists() else None
         packed = packed or (folder / "mnist" / name).read_bytes()
         (root / name).write_bytes(packed)
-        sums[name] = "md5:" + hashlib.md5(packed).hexdigest()
+        sums[name] = hashlib.md5(packed).hexdigest()
     monkeypatch.setattr(data, "_MNIST_URL", url)
     monkeypatch.setattr(data, "_MNIST_MD5", sums)
     return root
 
 
-@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+FETCHED = ["cifar10", "mnist", "speech", "etth1", "etth2"]
+
+
+@pytest.mark.parametrize("name", FETCHED)
 def test_download_gives_what_load_reads(published, folder, tmp_path, name):
     target = tmp_path / "new" / "place"
     assert not data.available(name, target)
     assert data.download(name, target, progress=False) == target
     assert data.available(name, target)
     ours, theirs = data.load(name, folder=target), data.load(name, folder=folder)
-    assert torch.equal(ours.images["test"], theirs.images["test"])
-    left = {p.name for p in target.iterdir()}
-    assert left == {data._FOLDERS[name]}, "nothing but the data set remains"
+    same(ours, theirs)
+    left = {p.name for p in target.rglob("*") if p.is_file()}
+    packed = {f"{f}.gz" for f in data._files(name)} if name == "mnist" else set()
+    assert left == (packed or set(data._files(name))), "nothing but the data set remains"
     for file in published.iterdir():
         file.unlink()
     data.download(name, target, progress=False)  # there already: no request is made
 
 
-@pytest.mark.parametrize("name", ["cifar10", "mnist"])
-def test_a_wrong_checksum_leaves_nothing(published, tmp_path, name):
+@pytest.mark.parametrize("name", FETCHED)
+def test_what_arrives_damaged_leaves_nothing(published, tmp_path, name):
     for file in published.iterdir():
-        file.write_bytes(file.read_bytes()[:-1] + b"!")
+        file.write_bytes(file.read_bytes()[:-40] + b"!" * 40)
     target = tmp_path / "new"
-    with pytest.raises(ValueError, match="hash"):
+    with pytest.raises(ValueError, match=r"expected checksum|broken archive") as caught:
         data.download(name, target, progress=False)
+    assert "http" in str(caught.value) or "speech.tar.gz" in str(caught.value)
     assert not data.available(name, target)
     assert [p for p in target.rglob("*") if p.is_file()] == []
 
 
+def test_recordings_are_read_before_they_are_placed(published, folder, tmp_path):
+    root = folder / "fsdd" / "recordings"
+    damage(root / "3_ann_2.wav", "stereo")
+    (published / "speech.tar.gz").write_bytes(archive(root, data._files("speech")))
+    with pytest.raises(ValueError, match=r"3_ann_2\.wav: expected 1 channel"):
+        data.download("speech", tmp_path / "new", progress=False)
+    assert [p for p in (tmp_path / "new").rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_interrupted_download_goes_on(published, server, folder, tmp_path, ranges):
+    root, _, asked = server
+    (root / "break").write_text("1000")
+    if not ranges:
+        (root / "no-ranges").touch()
+    target = tmp_path / "new"
+    with pytest.raises(OSError, match=r"broke after 1000 of \d+ bytes; the same command goes on"):
+        data.download("etth1", target, progress=False)
+    assert not data.available("etth1", target)
+    (root / "break").unlink()
+    data.download("etth1", target, progress=False)
+    assert [text for _, text in asked] == [None, "bytes=1000-"]
+    same(data.load("etth1", folder=target), data.load("etth1", folder=folder))
+    # stopped between the last byte and the renaming: nothing is left to send
+    path = target / "ETT-small" / "ETTh1.csv"
+    path.rename(path.with_name(".ETTh1.csv.part"))
+    if ranges:
+        data.download("etth1", target, progress=False)
+        assert data.available("etth1", target)
+
+
 def test_an_archive_without_a_file_is_refused(published, folder, tmp_path, monkeypatch):
-    content = archive(folder, list(data._SHA1["cifar10"])[:-1])
+    content = archive(folder / "cifar-10-batches-bin", data._files("cifar10")[:-1])
     (published / "cifar.tar.gz").write_bytes(content)
-    monkeypatch.setattr(data, "_CIFAR10_MD5", "md5:" + hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(data, "_CIFAR10_MD5", hashlib.md5(content).hexdigest())
     with pytest.raises(ValueError, match=r"test_batch\.bin"):
         data.download("cifar10", tmp_path / "new", progress=False)
     assert not data.available("cifar10", tmp_path / "new")
 
 
 def test_the_command_line_says_what_went_wrong(published, tmp_path, capsys):
-    assert data._main(["cifar10", "digits", "--folder", str(tmp_path / "a")]) == 0
+    assert data._main(["--folder", str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.count("ready in") == len(data.NAMES)
     (published / "cifar.tar.gz").unlink()
     assert data._main(["cifar10", "--folder", str(tmp_path / "b")]) == 1
     assert data._main(["imagenet"]) == 1
