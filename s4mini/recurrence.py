@@ -6,6 +6,8 @@ and the state after a whole chunk needs no loop over the chunk.
 Tangled from book/recurrence.md.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,8 @@ from s4mini.kernel import dplr_difference, dplr_kernel
 
 __all__ = [
     "dplr_step",
+    "Increments",
+    "dplr_increments",
     "state_as_input",
     "state_response",
     "check_lengths",
@@ -109,6 +113,67 @@ def dplr_step(
     return _step(Lambda, P, B, C, dt, u, x)
 
 
+class Increments(NamedTuple):
+    """A sampled system as the change that one step makes.
+
+    A step is x + E x - F 2 Re(G x) + B_bar u. Without a low-rank term F and
+    G are None.
+
+    Attributes:
+        E: (..., n) the diagonal part of A_bar - I.
+        F: (..., n, r) and
+        G: (..., r, n) the factors of its low-rank part.
+        B_bar: (..., n) the sampled input vector.
+
+    Source: book/recurrence.md.
+    """
+
+    E: Tensor
+    F: Tensor | None
+    G: Tensor | None
+    B_bar: Tensor
+
+
+def dplr_increments(
+    Lambda: Tensor, P: Tensor, B: Tensor, dt: float | Tensor
+) -> Increments:
+    """Prepare the bilinear step of a half-spectrum DPLR system.
+
+    Args:
+        Lambda: (..., n) eigenvalues, one of each conjugate pair, in 1/time.
+        P: (..., n, r) low-rank factor; A = diag(Lambda) - P P*.
+        B: (..., n) input vector.
+        dt: step (...), in the same unit of time, > 0.
+
+    Returns:
+        E (..., n), F (..., n, r), G (..., r, n), B_bar (..., n).
+
+    Raises:
+        TypeError: an argument is no tensor of numbers.
+        ValueError: shapes do not agree, an entry is not finite, or dt <= 0.
+
+    Source: book/recurrence.md.
+    """
+    dt = _check_system(Lambda, P, B, B, dt)
+    R = 1 / (1 - dt[..., None] / 2 * Lambda)  # (..., n)
+    G, step = P.mH * R[..., None, :], dt[..., None, None]
+    small = step * (G @ P).real
+    small = small + torch.eye(P.shape[-1]).to(small)  # (..., r, r)
+    F = step * R[..., None] * (P @ torch.linalg.inv(small).to(P))
+    E = dt[..., None] * Lambda * R
+    B_bar = _solve(Lambda, P, dt / 2, dt[..., None] * B)
+    return Increments(E, F, G, B_bar)
+
+
+def _advance(step: Increments, u: Tensor, x: Tensor) -> Tensor:
+    """Return the state after a step; nothing is examined."""
+    d = step.E * x + step.B_bar * u[..., None]
+    if step.F is not None:
+        q = 2 * (step.G @ x[..., None]).real  # (..., r, 1)
+        d = d - (step.F @ q.to(x))[..., 0]
+    return x + d
+
+
 def state_as_input(Lambda: Tensor, P: Tensor, dt: float | Tensor, x: Tensor) -> Tensor:
     """Return the input vector whose kernel is the response to a state.
 
@@ -139,6 +204,7 @@ def state_response(
     dt: float | Tensor,
     x: Tensor,
     L: int,
+    backend: str = "auto",
 ) -> Tensor:
     """Return the next L outputs that a state causes without any input.
 
@@ -149,6 +215,7 @@ def state_response(
         dt: step (...), > 0.
         x: (..., n) the state before the first of them.
         L: how many outputs, >= 1.
+        backend: how the kernel's sums are done, as in dplr_kernel.
 
     Returns:
         (..., L), the numbers C A_bar^(k+1) x for k = 0 ... L-1, real.
@@ -161,7 +228,7 @@ def state_response(
     Source: book/recurrence.md.
     """
     B = state_as_input(Lambda, P, dt, x)
-    return dplr_kernel(Lambda, P, B, C, dt, L)
+    return dplr_kernel(Lambda, P, B, C, dt, L, backend)
 
 
 def _powers(Lambda, P, dt, count):

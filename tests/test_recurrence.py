@@ -10,7 +10,9 @@ from s4mini.discretize import discretize
 from s4mini.kernel import dplr_kernel
 from s4mini.nplr import half_spectrum, nplr, real_form
 from s4mini.recurrence import (
+    _advance,
     check_lengths,
+    dplr_increments,
     dplr_step,
     final_state,
     state_as_input,
@@ -199,3 +201,31 @@ def test_bad_response():
         state_as_input(LAMBDA, P, 0.1, X * float("nan"))
     with pytest.raises(ValueError, match=r"^lengths"):
         check_lengths(torch.tensor([3, 9]), 8)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_prepared_step(r):
+    """The prepared step is the step, in both precisions, with batch axes."""
+    for dtype, tolerance in TOLERANCE.items():
+        Lambda, P, B, C, x = system(8, r, dtype, batch=(3,))
+        dt = torch.tensor([0.01, 0.1, 2.0], dtype=dtype)
+        prepared = dplr_increments(Lambda, P, B, dt)
+        assert prepared.F.shape == (3, 4, r) and prepared.G.shape == (3, r, 4)
+        u = torch.randn(5, 3, dtype=dtype, generator=torch.Generator().manual_seed(2))
+        truth = x = x.expand(5, 3, 4)
+        for _ in range(4):
+            _, truth = dplr_step(Lambda, P, B, C, dt, u, truth)
+            x = _advance(prepared, u, x)
+        assert relative(x, truth) < tolerance
+
+
+def test_bad_increments():
+    Lambda, P, B, _, _ = system(8, 1)
+    for error, name, changed in (
+        (ValueError, "dt", {"dt": 0.0}),
+        (ValueError, "P", {"P": P[:3]}),
+        (TypeError, "B", {"B": [1.0]}),
+        (ValueError, "Lambda", {"Lambda": Lambda * float("nan")}),
+    ):
+        with pytest.raises(error, match=rf"^{name}: "):
+            dplr_increments(**{"Lambda": Lambda, "P": P, "B": B, "dt": 0.1} | changed)
