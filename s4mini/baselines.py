@@ -390,20 +390,16 @@ def _direct_sums(v: Tensor, modes: Tensor, z: Tensor) -> Tensor:
 
 
 def _keops_sums(v: Tensor, modes: Tensor, z: Tensor) -> Tensor:
-    """Sum the same fractions with KeOps, one for each conjugate pair."""
+    """Sum the same fractions with KeOps, which stores no table."""
     from pykeops.torch import LazyTensor
 
     batch, n = v.shape[:-1], v.shape[-1]
     modes = modes[..., None, None, :].expand_as(v).reshape(-1, 1, n, 1)
     v = v.reshape(modes.shape)
     z = LazyTensor(z.expand(len(v), -1)[..., None, None].contiguous())
-    u, w = (
-        LazyTensor(torch.complex(t, torch.zeros_like(t)).contiguous())
-        for t in (2 * v.real, 2 * (v * modes.conj()).real)
-    )
-    up, down = (LazyTensor(t) for t in (modes, modes.conj_physical()))
-    pairs = (z * u - w) / ((z - up) * (z - down))
-    return pairs.sum(2).reshape(*batch, -1)  # (..., a, b, M)
+    upper = LazyTensor(v) / (z - LazyTensor(modes))
+    lower = LazyTensor(v.conj_physical()) / (z - LazyTensor(modes.conj_physical()))
+    return (upper + lower).sum(2).reshape(*batch, -1)  # (..., a, b, M)
 
 
 def unit_circle_kernel(
