@@ -1,7 +1,7 @@
 """Normal plus low rank.
 
-The HiPPO matrix cannot safely be made diagonal, but after adding a matrix of rank one
-it can: by a unitary change of basis that loses no accuracy at any size.
+The HiPPO matrices cannot safely be made diagonal, but after adding a matrix of rank one
+or two they can: by a unitary change of basis that loses no accuracy at any size.
 
 Tangled from book/nplr.md.
 """
@@ -11,11 +11,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s4mini.checks import check_choice, check_int, check_tensors
+from s4mini.checks import check_int, check_tensors
 from s4mini.hippo import hippo
 from s4mini.ssm import promote
 
 __all__ = ["NPLR", "nplr", "half_spectrum", "real_form"]
+
+
+def _low_rank_part(measure: str, B: Tensor) -> Tensor:
+    """Return the real factor P (N, r) of a measure."""
+    n = torch.arange(len(B), dtype=B.dtype)
+    match measure:
+        case "legs":
+            return (n + 0.5).sqrt()[:, None]
+        case "legt":
+            odd = n % 2
+            return (2 * n + 1).sqrt()[:, None] * torch.stack((1 - odd, odd), 1)
+        case "lagt":
+            return torch.full_like(B, 0.5).sqrt()[:, None]
+        case _:
+            return (B / 2**0.5)[:, None]  # fout
 
 
 class NPLR(NamedTuple):
@@ -43,12 +58,14 @@ def nplr(measure: str, N: int) -> NPLR:
     """Split a HiPPO matrix into normal and low rank, and diagonalise.
 
     Args:
-        measure: the measure of the HiPPO matrix, "legs".
+        measure: of the HiPPO matrix: "legs", "legt", "lagt" or "fout".
         N: state size, >= 1.
 
     Returns:
-        Lambda (N,), P (N, 1), B (N,), V (N, N), complex128, dimensionless.
-        An output vector C of the original coordinates becomes C.to(V) @ V.
+        Lambda (N,), P (N, r), B (N,), V (N, N), complex128: dimensionless
+        for "legs", else per time (P: per root of time). r is 2 for "legt",
+        else 1. Re Lambda is -1/2 for "legs", else exactly 0. An output vector
+        C of the original coordinates becomes C.to(V) @ V.
 
     Raises:
         TypeError: N is not an integer.
@@ -56,17 +73,27 @@ def nplr(measure: str, N: int) -> NPLR:
 
     Source: Gu et al. 2022a, Theorem 1; book/nplr.md.
     """
-    check_choice("measure", measure, ("legs",))
     A, B = hippo(measure, N)
-    n = torch.arange(len(B), dtype=A.dtype)
-    P = (n + 0.5).sqrt()[:, None]  # (N, 1)
+    P = _low_rank_part(measure, B)  # (N, r)
     S = A + P @ P.T
-    S = (S - S.T) / 2  # drops the -I/2, and rounding
+    S = (S - S.T) / 2  # drops -I/2 of LegS, and rounding
     omega, V = torch.linalg.eigh(-1j * S)
     omega = (omega - omega.flip(0)) / 2  # conjugate pairs, exactly
+    if measure == "fout" and N % 2 == 0:
+        omega, V = _pair_zeros(omega, V)
     V = V * torch.sgn(V.mH @ B.to(V))  # phase: V* B > 0
-    Lambda = torch.complex(torch.full_like(omega, -0.5), omega)
-    return NPLR(Lambda, V.mH @ P.to(V), V.mH @ B.to(V), V)
+    real = torch.full_like(omega, -0.5 if measure == "legs" else 0)
+    return NPLR(torch.complex(real, omega), V.mH @ P.to(V), V.mH @ B.to(V), V)
+
+
+def _pair_zeros(omega: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the two zero modes of FouT a conjugate pair."""
+    n, V = len(omega) // 2, V.clone()
+    V[:, n - 1 : n + 1] = 0
+    V[0, n - 1 : n + 1] = 0.5**0.5
+    V[1, n - 1 : n + 1] = torch.tensor([-1j, 1j]).to(V) * 0.5**0.5
+    omega[n - 1 : n + 1] = 0
+    return omega, V
 
 
 def half_spectrum(system: NPLR) -> NPLR:
@@ -76,8 +103,9 @@ def half_spectrum(system: NPLR) -> NPLR:
         system: all N modes of a real system, N even.
 
     Returns:
-        The N/2 modes with Im Lambda > 0; P (N/2, r), B (N/2,), V (N, N/2).
-        The output of the whole system is 2 Re(C x) of this half.
+        The N/2 modes with the larger Im Lambda of each pair; P (N/2, r),
+        B (N/2,), V (N, N/2). The output of the whole system is 2 Re(C x) of
+        this half.
 
     Raises:
         TypeError: system is not an NPLR, or a field not a floating or complex
@@ -93,13 +121,16 @@ def half_spectrum(system: NPLR) -> NPLR:
     Lambda, P, B, V = system
     sizes = check_tensors(Lambda=(Lambda, "N"), P=(P, "N r"), B=(B, "N"), V=(V, "N N"))
     N = check_int("N", sizes["N"], minimum=2, even=True)
-    keep = (Lambda + 0j).imag > 0
-    above = int(keep.sum())
-    if 2 * above != N:
-        raise ValueError(
-            f"Lambda: expected {N // 2} of {N} modes above the real axis, got {above}"
-        )
-    return NPLR(Lambda[keep], P[keep], B[keep], V[:, keep])
+    order = (Lambda + 0j).imag.argsort(stable=True)
+    low, high = order[: N // 2].flip(0), order[N // 2 :]
+    for name, z in {"Lambda": Lambda, "B": B, "V": V.mT}.items():
+        gap = (z[low].conj() - z[high]).abs().max()
+        if gap > 1e-6 * z.abs().max():
+            raise ValueError(
+                f"{name}: expected modes in conjugate pairs, got a pair "
+                f"that differs by {gap.item():.2g}"
+            )
+    return NPLR(Lambda[high], P[high], B[high], V[:, high])
 
 
 def _parts(z: Tensor) -> tuple[Tensor, Tensor]:

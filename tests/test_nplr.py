@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.hippo import hippo
+from s4mini.hippo import MEASURES, hippo
 from s4mini.nplr import NPLR, half_spectrum, nplr, real_form
 
 
@@ -21,29 +21,47 @@ def random_half(generator, n, r, batch=()):
     return Lambda, draw(n, r), draw(n), draw(n)
 
 
-@pytest.mark.parametrize("block", [range(1, 129), range(129, 225), range(225, 257)])
-def test_rebuilds_the_hippo_matrix_at_every_size(block):
-    for N in block:
-        A, B = hippo("legs", N)
-        Lambda, P, b, V = nplr("legs", N)
+RANK = {"legs": 1, "legt": 2, "lagt": 1, "fout": 1}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_rebuilds_the_hippo_matrix_at_every_size(measure):
+    for N in [*range(1, 129), *range(129, 257, 9), 255, 256]:
+        A, B = hippo(measure, N)
+        Lambda, P, b, V = nplr(measure, N)
         back = V @ (torch.diag(Lambda) - P @ P.mH) @ V.mH
         assert (back - A).norm() <= 1e-12 * A.norm()
         assert (V @ b - B).norm() <= 1e-12 * B.norm()
         assert (V.mH @ V - torch.eye(N)).norm() <= 1e-12
 
 
+@pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("N", [1, 2, 3, 16, 63, 64])
-def test_shapes_order_and_phase(N):
-    system = nplr("legs", N)
+def test_shapes_order_and_phase(measure, N):
+    system = nplr(measure, N)
     shapes = [tuple(field.shape) for field in system]
-    assert shapes == [(N,), (N, 1), (N,), (N, N)]
+    assert shapes == [(N,), (N, RANK[measure]), (N,), (N, N)]
     assert all(field.dtype == torch.complex128 for field in system)
-    assert (system.Lambda.real == -0.5).all()
-    assert (system.Lambda.imag.diff() > 0).all()
+    assert (system.Lambda.real == (-0.5 if measure == "legs" else 0)).all()
+    gaps = system.Lambda.imag.diff()
+    double = measure == "fout" and N % 2 == 0
+    assert (gaps > 0).sum() == len(gaps) - double and (gaps >= 0).all()
     assert torch.equal(system.Lambda, system.Lambda.flip(0).conj().resolve_conj())
     assert (system.B.real > 0).all() and system.B.imag.abs().max() < 1e-11
-    assert torch.allclose(system.P[:, 0], system.B / math.sqrt(2), atol=1e-11)
+    if measure != "legt":
+        assert torch.allclose(system.P[:, 0], system.B / math.sqrt(2), atol=1e-11)
     assert torch.allclose(system.V.flip(1).conj(), system.V, atol=1e-10)
+
+
+def test_the_zero_modes_of_fourier():
+    """The constant and the dead sine are one conjugate pair with eigenvalue zero."""
+    system = nplr("fout", 10)
+    assert torch.equal(system.Lambda[4:6], torch.zeros(2, dtype=torch.complex128))
+    half = half_spectrum(system)
+    assert half.Lambda[0] == 0 and (half.Lambda[1:].imag > 0).all()
+    assert half.V[2:, 0].abs().max() == 0
+    C = torch.arange(10.0, dtype=torch.float64)
+    assert torch.allclose(2 * (C.to(half.V) @ half.V @ half.B).real, C @ hippo("fout", 10)[1])
 
 
 def test_it_is_the_same_every_time():
@@ -57,13 +75,14 @@ def test_frequencies():
     assert abs(frequency[-1] / (64**2 / math.pi) - 1) < 1e-3
 
 
+@pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("N", [2, 4, 30, 64])
-def test_half_spectrum_keeps_the_upper_half(N):
-    system = nplr("legs", N)
+def test_half_spectrum_keeps_the_upper_half(measure, N):
+    system = nplr(measure, N)
     half = half_spectrum(system)
     assert isinstance(half, NPLR)
-    assert half.V.shape == (N, N // 2) and half.P.shape == (N // 2, 1)
-    assert (half.Lambda.imag > 0).all()
+    assert half.V.shape == (N, N // 2) and half.P.shape == (N // 2, RANK[measure])
+    assert (half.Lambda.imag >= 0).all()
     x = torch.randn(N, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
     kept = half.V.mH @ x.to(half.V)
     assert torch.allclose(2 * (half.V @ kept).real, x, atol=1e-12)
@@ -136,14 +155,16 @@ def test_real_form_takes_real_vectors():
 L, P, B, V = nplr("legs", 4)
 h = half_spectrum(nplr("legs", 4))
 BAD = [
-    (lambda: nplr("lagt", 4), ValueError, "measure"),
+    (lambda: nplr("laguerre", 4), ValueError, "measure"),
     (lambda: nplr("legs", 0), ValueError, "N"),
     (lambda: nplr("legs", 2.5), TypeError, "N"),
     (lambda: nplr("legs", False), TypeError, "N"),
     (lambda: half_spectrum(nplr("legs", 1)), ValueError, "N"),
     (lambda: half_spectrum(nplr("legs", 7)), ValueError, "N"),
-    (lambda: half_spectrum(NPLR(L.abs(), P, B, V)), ValueError, "Lambda"),
+    (lambda: half_spectrum(NPLR(L + 1j, P, B, V)), ValueError, "Lambda"),
     (lambda: half_spectrum(NPLR(L.imag.abs() * 1j, P, B, V)), ValueError, "Lambda"),
+    (lambda: half_spectrum(NPLR(L, P, B + 1j, V)), ValueError, "B"),
+    (lambda: half_spectrum(NPLR(L, P, B, V * 1j)), ValueError, "V"),
     (lambda: half_spectrum(NPLR(None, P, B, V)), TypeError, "Lambda"),
     (lambda: half_spectrum(NPLR(L, P[:, 0], B, V)), ValueError, "P"),
     (lambda: half_spectrum(NPLR(L, P, B[:2], V)), ValueError, "B"),
@@ -170,5 +191,3 @@ def test_bad_calls_are_refused(call, error, name):
 def test_what_is_no_system_is_refused():
     with pytest.raises(TypeError, match="system: expected an NPLR, got NoneType"):
         half_spectrum(None)
-    with pytest.raises(ValueError, match="measure: expected one of 'legs'; got 'lagt'"):
-        nplr("lagt", 8)
