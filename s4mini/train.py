@@ -1,38 +1,46 @@
 """Training.
 
-A recipe names every number of a training run; the program of this chapter follows it,
-can be stopped and resumed without changing the outcome, and starts from the command
-line.
+A recipe names every number of a training run; the program of this chapter follows it on
+one device or many, can be killed and resumed without changing the outcome, and starts
+from the command line.
 
 Tangled from book/train.md.
 """
 
 import argparse
+import io
 import json
 import logging
 import math
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_type_hints
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Generator, Tensor
-from torch.nn.functional import cross_entropy
+from safetensors.torch import load_file, save
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy, l1_loss, mse_loss
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
 from s4mini.checks import check_choice, check_int, check_positive
 from s4mini.data import NAMES, SequenceData, load
-from s4mini.model import S4Model, parameter_groups
+from s4mini.hippo import MEASURES
+from s4mini.model import S4Forecaster, S4Model, parameter_groups
 
 __all__ = [
     "Recipe",
@@ -42,12 +50,14 @@ __all__ = [
     "epoch_order",
     "build",
     "schedule",
-    "SequenceClassifier",
+    "Learner",
     "save_weights",
     "load_weights",
     "predict",
+    "evaluate",
     "Result",
     "fit",
+    "summarise",
     "main",
 ]
 
@@ -57,26 +67,35 @@ class Recipe:
     """A training run, down to the last number that decides its outcome.
 
     Attributes:
-        data: "cifar10", "mnist" or "digits".
+        data: the data set, such as "cifar10" or "digits".
         gray: whether colours become grey levels.
-        size: pixels a side after averaging; None: as they are.
+        size: pixels a side after averaging; none: as they are.
+        order: in which the pixels of an image are read.
+        length: steps of a sequence of another kind; none: the data's own.
+        horizon: steps to forecast; none: the data's own.
+        examples: how many to make of made data; none: the data's own.
         d_model: channels H.
         n_layers: blocks.
         d_state: state size N of each channel, even.
+        measure: what the layers' state matrices begin as.
         dropout: share of channels silenced in training, in [0, 1).
-        norm: "layer" or "batch".
+        norm: of each step, or of each channel over a batch.
         prenorm: whether a block's norm comes first.
         bidirectional: whether the layers see the future too.
-        dt_min, dt_max: range of the steps at initialisation.
+        pool: what of a sequence is classified, its mean or its last step.
+        dt_min: smallest step at initialisation.
+        dt_max: largest step at initialisation.
         lr: largest learning rate.
         ssm_lr: the same for the parameters of the dynamics.
         weight_decay: per step and unit of learning rate.
-        clip: the largest norm of a gradient (all parameters together).
-        batch_size: examples for one step.
-        epochs: how often the model is validated.
-        epoch_size: examples in an epoch; None: the training set once.
+        clip: largest norm of a gradient (all parameters together).
+        schedule: of the learning rate, after the warm-up.
         warmup: share of all steps in which the learning rate rises.
-        validation: share of the training images held out.
+        batch_size: examples for one step, over all devices.
+        epochs: how often the model is validated.
+        epoch_size: examples in an epoch; none: the training set once.
+        validation: share of the training examples held out.
+        precision: of all but the layers' kernels, which keep float32.
         seed: of the initial values, the order and the dropout.
 
     Source: book/train.md.
@@ -85,52 +104,98 @@ class Recipe:
     data: str
     gray: bool = False
     size: int | None = None
+    order: str = "raster"
+    length: int | None = None
+    horizon: int | None = None
+    examples: int | None = None
     d_model: int = 128
     n_layers: int = 4
     d_state: int = 64
+    measure: str = "legs"
     dropout: float = 0.1
     norm: str = "layer"
     prenorm: bool = False
     bidirectional: bool = False
+    pool: str = "mean"
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     lr: float = 1e-2
     ssm_lr: float = 1e-3
     weight_decay: float = 0.01
     clip: float = 1.0
+    schedule: str = "cosine"
+    warmup: float = 0.05
     batch_size: int = 50
     epochs: int = 100
     epoch_size: int | None = None
-    warmup: float = 0.05
     validation: float = 0.1
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_recipe(self)
 
 
+_S4D = ("diag-legs", "diag-lin", "diag-inv", "diag-real")
+_CHOICES = {
+    "data": NAMES,
+    "order": ("raster", "permuted", "bitreversal"),
+    "measure": (*MEASURES, "random", *_S4D),
+    "norm": ("layer", "batch"),
+    "pool": ("mean", "last"),
+    "schedule": ("cosine", "constant"),
+    "precision": ("float32", "bfloat16"),
+}
+_OPTIONAL = ("size", "length", "horizon", "examples", "epoch_size")
+_POSITIVE = ("lr", "ssm_lr", "clip", "dt_min", "dt_max", "validation")
+_SHARES = ("dropout", "warmup", "validation")
+
+
 def _check_recipe(recipe: Recipe) -> None:
     """Refuse a recipe with which no run can end well."""
-    check_choice("data", recipe.data, NAMES)
-    check_choice("norm", recipe.norm, ("layer", "batch"))
+    for name, allowed in _CHOICES.items():
+        check_choice(name, getattr(recipe, name), allowed)
     for name in ("d_model", "n_layers", "batch_size", "epochs"):
         check_int(name, getattr(recipe, name))
-    for name in ("size", "epoch_size"):
+    for name in _OPTIONAL:
         if getattr(recipe, name) is not None:
             check_int(name, getattr(recipe, name))
     check_int("d_state", recipe.d_state, minimum=2, even=True)
     check_int("seed", recipe.seed, minimum=0)
-    for name in ("lr", "ssm_lr", "clip", "dt_min", "dt_max", "validation"):
-        check_positive(name, getattr(recipe, name))
-    for name in ("dropout", "weight_decay", "warmup"):
-        if getattr(recipe, name) != 0:
+    for name in (*_POSITIVE, "dropout", "weight_decay", "warmup"):
+        if name in _POSITIVE or getattr(recipe, name) != 0:
             check_positive(name, getattr(recipe, name))
-    for name in ("dropout", "warmup", "validation"):
+    for name in _SHARES:
         if getattr(recipe, name) >= 1:
             raise ValueError(
                 f"{name}: expected a share < 1, got {getattr(recipe, name)}"
             )
 
+
+_LRA = Recipe(
+    "cifar10",
+    n_layers=6,
+    d_model=256,
+    norm="batch",
+    dropout=0.0,
+    bidirectional=True,
+    weight_decay=0.05,
+    epochs=200,
+    warmup=0.1,
+)
+_MNIST = Recipe("mnist", dropout=0.25, lr=5e-3, batch_size=128, epochs=20, warmup=0.3)
+_ETT = Recipe(
+    "etth1",
+    length=720,
+    horizon=720,
+    n_layers=2,
+    prenorm=True,
+    dropout=0.25,
+    weight_decay=0.0,
+    schedule="constant",
+    warmup=0.0,
+    epochs=10,
+)
 
 #: The recipes that have a name.
 RECIPES = {
@@ -159,7 +224,33 @@ RECIPES = {
         warmup=0.1,
         validation=0.04,
     ),
-    "scifar": Recipe("cifar10", batch_size=64),
+    "scifar-small": Recipe("cifar10", batch_size=64),
+    "scifar": Recipe(
+        "cifar10",
+        d_model=512,
+        n_layers=6,
+        bidirectional=True,
+        weight_decay=0.05,
+        epochs=200,
+        warmup=0.005,
+    ),
+    "image": replace(_LRA, gray=True, d_model=512, dropout=0.1),
+    "smnist": _MNIST,
+    "pmnist": replace(_MNIST, order="permuted"),
+    "speech": Recipe(
+        "speech",
+        n_layers=6,
+        norm="batch",
+        prenorm=True,
+        batch_size=20,
+        epochs=50,
+    ),
+    "ett-h1": _ETT,
+    "ett-h2": replace(_ETT, data="etth2"),
+    "listops": replace(_LRA, data="listops", d_state=4, batch_size=32, epochs=40),
+    "pathfinder": replace(
+        _LRA, data="pathfinder", prenorm=True, lr=4e-3, batch_size=64
+    ),
 }
 
 
@@ -262,18 +353,36 @@ def epoch_order(n: int, epoch: int, size: int, seed: int) -> Tensor:
     return torch.cat(orders)[start : start + size]
 
 
+def _share(part: Tensor, rank: int, world: int) -> tuple[Tensor, float]:
+    """Return a device's share of a batch, and its weight."""
+    mine = part[rank::world]
+    if not len(mine):
+        return part[:1], 0.0
+    return mine, world * len(mine) / len(part)
+
+
 class _Batches:
     """The batches of one epoch, drawn from a data set one by one."""
 
-    def __init__(self, data: SequenceData, index: Tensor, batch_size: int) -> None:
-        self.data, self.parts = data, index.split(batch_size)
+    def __init__(
+        self,
+        data: SequenceData,
+        split: str,
+        index: Tensor,
+        size: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.data, self.split, self.parts = data, split, index.split(size)
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[tuple, float]]:
         for part in self.parts:
-            yield self.data.batch("train", part)
+            mine, weight = _share(part, self.rank, self.world)
+            yield self.data.batch(self.split, mine), weight
 
 
 def _check_is_recipe(recipe: Recipe) -> None:
@@ -282,13 +391,16 @@ def _check_is_recipe(recipe: Recipe) -> None:
         raise TypeError(f"recipe: expected a Recipe, got {recipe!r}")
 
 
-def build(recipe: Recipe, channels: int, classes: int) -> S4Model:
+def build(
+    recipe: Recipe, channels: int, outputs: int, horizon: int | None = None
+) -> S4Model | S4Forecaster:
     """Return the model of a recipe, with its initial values.
 
     Args:
         recipe: how large, and from which seed.
         channels: of the input.
-        classes: of the output.
+        outputs: classes, or channels to forecast.
+        horizon: steps to forecast; None: classify.
 
     Returns:
         The model, in training mode, on the CPU.
@@ -300,59 +412,90 @@ def build(recipe: Recipe, channels: int, classes: int) -> S4Model:
     Source: book/train.md.
     """
     _check_is_recipe(recipe)
-    return S4Model(
+    names = (
+        "d_model",
+        "n_layers",
+        "d_state",
+        "measure",
+        "dropout",
+        "norm",
+        "prenorm",
+        "bidirectional",
+        "dt_min",
+        "dt_max",
+    )
+    model = S4Model(
         check_int("channels", channels),
-        check_int("classes", classes),
-        d_model=recipe.d_model,
-        n_layers=recipe.n_layers,
-        d_state=recipe.d_state,
-        dropout=recipe.dropout,
-        norm=recipe.norm,
-        prenorm=recipe.prenorm,
-        bidirectional=recipe.bidirectional,
-        dt_min=recipe.dt_min,
-        dt_max=recipe.dt_max,
+        check_int("outputs", outputs),
+        **{name: getattr(recipe, name) for name in names},
+        pool=recipe.pool if horizon is None else "none",
         generator=Generator().manual_seed(recipe.seed),
     )
+    return model if horizon is None else S4Forecaster(model, horizon)
 
 
-def schedule(step: int, warmup: int, total: int) -> float:
+def schedule(step: int, warmup: int, total: int, kind: str = "cosine") -> float:
     """Return the factor on the learning rate: a rise, then half a cosine.
 
     Args:
-        step: from 0; past the end the factor is 0.
+        step: from 0; past the end the factor of a cosine is 0.
         warmup: steps in which it rises.
         total: steps in all, more than warmup.
+        kind: "cosine", or "constant" to stay at 1 after the rise.
 
     Returns:
         A number from 0 to 1, 1 at the end of the warm-up.
 
     Raises:
         TypeError: an argument is not an integer.
-        ValueError: step or warmup is below 0, or total not above warmup.
+        ValueError: step or warmup is below 0, total not above warmup, or
+            kind unknown.
 
     Source: book/train.md.
     """
     step = check_int("step", step, minimum=0)
     warmup = check_int("warmup", warmup, minimum=0)
     total = check_int("total", total, minimum=warmup + 1)
+    check_choice("kind", kind, _CHOICES["schedule"])
     if step < warmup:
         return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
     done = min(1.0, (step - warmup) / (total - warmup))
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _optimiser(model: S4Model, recipe: Recipe, epoch_size: int) -> dict:
+def _optimiser(model: nn.Module, recipe: Recipe, epoch_size: int) -> dict:
     """Return AdamW with its groups and its schedule, as Lightning asks."""
     groups = parameter_groups(model, recipe.lr, recipe.weight_decay, recipe.ssm_lr)
-    optimizer = torch.optim.AdamW(groups)
+    on_cuda = next(model.parameters()).is_cuda
+    optimizer = torch.optim.AdamW(groups, fused=on_cuda)
     total = recipe.epochs * math.ceil(epoch_size / recipe.batch_size)
     warmup = int(recipe.warmup * total)
     rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step, warmup, total)
+        optimizer, lambda t: schedule(t, warmup, total, recipe.schedule)
     )
     each_step = {"scheduler": rates, "interval": "step"}
     return {"optimizer": optimizer, "lr_scheduler": each_step}
+
+
+_TERMS = {"classify": ("loss", "accuracy"), "forecast": ("mse", "mae")}
+
+
+def _terms(task: str, output: Tensor, target: Tensor) -> Tensor:
+    """Return the loss and the second figure of a task, means, as (2,)."""
+    output = output.float()  # whatever precision the network ran in
+    if task == "classify":
+        right = (output.argmax(dim=1) == target).float()
+        return torch.stack((cross_entropy(output, target), right.mean()))
+    return torch.stack((mse_loss(output, target), l1_loss(output, target)))
+
+
+def _best(history: list[dict]) -> dict:
+    """Return the first of the best epochs, judged on validation."""
+    if "validation_mse" in history[0]:
+        return min(history, key=lambda row: row["validation_mse"])
+    return max(history, key=lambda row: row["validation_accuracy"])
 
 
 def _check_data(recipe: Recipe, data: SequenceData) -> None:
@@ -361,22 +504,52 @@ def _check_data(recipe: Recipe, data: SequenceData) -> None:
     if not isinstance(data, SequenceData):
         kind = type(data).__name__
         raise TypeError(f"data: expected a SequenceData, got {kind}")
-    side = recipe.size or data.images["train"].shape[1]
-    wanted = recipe.data, recipe.gray, side
-    given = data.name, data.gray, data.size
+    wanted, given = {"name": recipe.data}, {"name": data.name}
+    for name in ("gray", "size", "order", "length", "horizon"):
+        ours, theirs = getattr(recipe, name), getattr(data, name, None)
+        if name == "size" and ours is None and theirs is not None:
+            ours = data.images["train"].shape[1]
+        if ours is not None and theirs is not None:
+            wanted[name], given[name] = ours, theirs
     if wanted != given:
-        raise ValueError(f"data: expected (name, gray, size) {wanted}, got {given}")
+        raise ValueError(f"data: expected {wanted}, got {given}")
 
 
-class SequenceClassifier(pl.LightningModule):
+def _load(recipe: Recipe, workers: int = 1) -> SequenceData:
+    """Read or make the data set of a recipe."""
+    names = ("length", "horizon", "examples")
+    options = {name: getattr(recipe, name) for name in names}
+    options = {k: v for k, v in options.items() if v is not None}
+    if recipe.data in ("listops", "pathfinder"):  # which are made
+        options["workers"] = workers
+    return load(recipe.data, recipe.gray, recipe.size, order=recipe.order, **options)
+
+
+def _sizes(data: SequenceData) -> dict:
+    """Return the sizes of a model of these data, as build wants them."""
+    outputs = len(data.classes) or data.channels
+    horizon = None if data.task == "classify" else data.horizon
+    return {"channels": data.channels, "outputs": outputs, "horizon": horizon}
+
+
+def _parts(recipe: Recipe, data: SequenceData) -> dict[str, tuple]:
+    """Return split and examples that train, that decide, and that test."""
+    every = {s: (s, torch.arange(data.count(s))) for s in data.splits}
+    if "validation" in data.splits:  # it is official
+        return every
+    kept, held = split_indices(data.count("train"), recipe.validation)
+    return every | {"train": ("train", kept), "validation": ("train", held)}
+
+
+class Learner(pl.LightningModule):
     """A model, its data, and the rules by which a recipe trains it.
 
     Args:
         recipe: the run.
-        data: what to train on; the test images are not touched.
+        data: what to train on; the test examples are not touched.
 
     Raises:
-        TypeError: recipe is not a Recipe, or data not a SequenceData.
+        TypeError: recipe is not a Recipe, or data not a data set.
         ValueError: the data are not those of the recipe.
 
     Source: book/train.md.
@@ -386,57 +559,66 @@ class SequenceClassifier(pl.LightningModule):
         super().__init__()
         _check_data(recipe, data)
         self.recipe, self.data = recipe, data
-        self.model = build(recipe, len(data.mean), len(data.classes))
-        n = len(data.labels["train"])
-        self.index, self.held_out = split_indices(n, recipe.validation)
-        self.epoch_size = recipe.epoch_size or len(self.index)
+        self.model = build(recipe, **_sizes(data))
+        self.parts = _parts(recipe, data)
+        self.epoch_size = recipe.epoch_size or len(self.parts["train"][1])
         self.history: list[dict] = []
 
     def setup(self, stage: str) -> None:
         self.data = self.data.to(self.trainer.strategy.root_device)
 
     def train_dataloader(self) -> _Batches:
+        split, index = self.parts["train"]
         order = epoch_order(
-            len(self.index),
-            self.current_epoch,
-            self.epoch_size,
-            self.recipe.seed,
+            len(index), self.current_epoch, self.epoch_size, self.recipe.seed
         )
-        return _Batches(self.data, self.index[order], self.recipe.batch_size)
+        return self._batches(split, index[order], self.recipe.batch_size)
 
     def val_dataloader(self) -> _Batches:
-        return _Batches(self.data, self.held_out, 250)
+        return self._batches(*self.parts["validation"], 250)
+
+    def _batches(self, split: str, index: Tensor, size: int) -> _Batches:
+        rank, world = self.global_rank, self.trainer.world_size
+        return _Batches(self.data, split, index, size, rank, world)
 
     def configure_optimizers(self) -> dict:
         return _optimiser(self.model, self.recipe, self.epoch_size)
 
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.recipe.seed * 2**20 + self.current_epoch)
-        self.started = time.perf_counter()
+        seed = self.recipe.seed * 2**20 + self.current_epoch
+        torch.manual_seed(seed + 2**40 * self.global_rank)
         self.sums = {k: torch.zeros(3, device=self.device) for k in _KINDS}
+        self.started = time.perf_counter()
 
     def training_step(self, batch: tuple, number: int) -> Tensor:
-        loss = self._loss("train", *batch[:2])
-        _check_loss(self, loss, number)
-        self.log("loss", loss, prog_bar=True, logger=False)
-        return loss
+        self.number = number
+        self.loss = self._measure("train", *batch)
+        return self.loss
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ) -> None:
+        self.norm = clip_grad_norm_(self.parameters(), gradient_clip_val)
+        if not (self.norm.isfinite() & self.loss.isfinite()):
+            what = f"loss {self.loss:g}, norm of its gradient {self.norm:g}"
+            raise FloatingPointError(f"{what}, {_place(self)}")
+
+    def on_validation_epoch_start(self) -> None:
+        self.train_loss = self.sums["train"].tolist()  # waits for the device
+        self.trained = time.perf_counter()
 
     def validation_step(self, batch: tuple, number: int) -> None:
-        self._loss("validation", *batch[:2])
+        self._measure("validation", *batch)
 
-    def _loss(self, kind: str, u: Tensor, target: Tensor) -> Tensor:
-        logits = self.model(u)
-        loss, count = cross_entropy(logits, target), len(target)
-        right = (logits.argmax(dim=1) == target).sum()
-        self.sums[kind][0] += loss.detach() * count
-        self.sums[kind][1] += right
+    def _measure(self, kind: str, batch: tuple, weight: float) -> Tensor:
+        terms = _forward(self, *batch)
+        count = len(batch[1]) if weight else 0
+        self.sums[kind][:2] += terms.detach() * count
         self.sums[kind][2] += count
-        return loss
+        return terms[0] * weight
 
     def on_validation_epoch_end(self) -> None:
-        row = _row(self)
-        self.history.append(row)
-        self.log_dict({k: float(v) for k, v in row.items() if k != "epoch"})
+        self.history.append(_row(self))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["recipe"] = asdict(self.recipe)
@@ -449,33 +631,82 @@ class SequenceClassifier(pl.LightningModule):
 _KINDS = ("train", "validation")
 
 
-def _row(module: SequenceClassifier) -> dict:
-    """Return what an epoch has come to, as plain numbers."""
-    before = module.history[-1] if module.history else {"seconds": 0.0}
+def _forward(module: Learner, u, target, lengths=None) -> Tensor:
+    """Return the terms of a batch; say where numbers ceased to be finite."""
+    try:
+        output = module.model(u, lengths)
+    except ValueError as error:
+        if "finite" not in str(error):
+            raise
+        raise FloatingPointError(f"{error}, {_place(module)}") from error
+    return _terms(module.data.task, output, target)
+
+
+def _place(module: Learner) -> str:
+    """Say where a run is."""
+    rate = module.optimizers().param_groups[0]["lr"]
+    return (  # counted from 1
+        f"at step {module.global_step + 1}, batch {module.number + 1} of epoch "
+        f"{module.current_epoch + 1}, learning rate {rate:g}"
+    )
+
+
+def _row(module: Learner) -> dict:
+    """Return what an epoch has come to, over all devices."""
+    before = module.history[-1]["seconds"] if module.history else 0.0
+    trained = module.trained - module.started
     row = {
-        "epoch": module.current_epoch,
-        "images": (module.current_epoch + 1) * module.epoch_size,
+        "epoch": module.current_epoch + 1,
+        "examples": (module.current_epoch + 1) * module.epoch_size,
+        "examples_per_second": module.epoch_size / trained,
+        "seconds": before + time.perf_counter() - module.started,
     }
     for kind in _KINDS:
-        loss, right, count = module.sums[kind].tolist()
-        row[f"{kind}_loss"] = loss / count
-        row[f"{kind}_accuracy"] = right / count
-    spent = time.perf_counter() - module.started
-    row["seconds"] = before["seconds"] + spent
+        sums = module.trainer.strategy.reduce(module.sums[kind], reduce_op="sum")
+        *terms, count = sums.tolist()
+        for name, value in zip(_TERMS[module.data.task], terms, strict=True):
+            row[f"{kind}_{name}"] = value / count
     return row
 
 
-def _check_loss(module: SequenceClassifier, loss: Tensor, batch: int) -> None:
-    """Stop the run if the loss is not finite; say where it was."""
-    if not loss.isfinite():
-        rate = module.optimizers().param_groups[0]["lr"]
-        raise FloatingPointError(
-            f"the loss is {loss.item()} at step {module.global_step}, "
-            f"batch {batch} of epoch {module.current_epoch}, rate {rate:g}"
-        )
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file in one step, or leave it as it is."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        kept = "; the previous one is intact" if path.exists() else ""
+        text = f"cannot be written: {error.strerror}{kept}"
+        raise OSError(error.errno, text, str(path)) from error
 
 
-def save_weights(model: S4Model, recipe: Recipe, path: str | Path) -> None:
+class _WholeFiles(TorchCheckpointIO):
+    """Lightning's checkpoints, each written in one step."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        """Write a checkpoint to path."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        _write(Path(path), buffer.getvalue())
+
+
+def _sizes_of(model: S4Model | S4Forecaster) -> dict:
+    """Return what build was given to make a model."""
+    core, horizon = getattr(model, "model", model), None
+    if isinstance(model, S4Forecaster):
+        horizon = model.horizon
+    return {"channels": core.d_input, "outputs": core.d_output, "horizon": horizon}
+
+
+def save_weights(
+    model: S4Model | S4Forecaster, recipe: Recipe, path: str | Path
+) -> None:
     """Write a model's weights and its recipe to a safetensors file.
 
     Args:
@@ -490,22 +721,21 @@ def save_weights(model: S4Model, recipe: Recipe, path: str | Path) -> None:
 
     Source: book/train.md.
     """
-    if not isinstance(model, S4Model) or not isinstance(recipe, Recipe):
-        kinds = f"{type(model).__name__} and {type(recipe).__name__}"
-        raise TypeError(f"expected an S4Model and a Recipe, got {kinds}")
-    sizes = {"channels": model.d_input, "classes": model.decoder.out_features}
+    if not isinstance(model, S4Model | S4Forecaster):
+        kind = type(model).__name__
+        raise TypeError(f"model: expected one made by build, got {kind}")
+    _check_is_recipe(recipe)
+    sizes = _sizes_of(model)
     notes = {"recipe": json.dumps(asdict(recipe)), "sizes": json.dumps(sizes)}
     state, rebuilt = model.state_dict(), build(recipe, **sizes).state_dict()
     shapes = [{k: v.shape for k, v in s.items()} for s in (state, rebuilt)]
     if shapes[0] != shapes[1]:
         raise ValueError("recipe: expected the one that the model was built from")
-    weights = {name: v.detach().contiguous() for name, v in state.items()}
-    part = Path(path).with_suffix(".part")
-    save_file(weights, part, metadata=notes)
-    os.replace(part, path)
+    weights = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    _write(Path(path), save(weights, metadata=notes))
 
 
-def load_weights(path: str | Path) -> tuple[S4Model, Recipe]:
+def load_weights(path: str | Path) -> tuple[S4Model | S4Forecaster, Recipe]:
     """Read what save_weights has written.
 
     Args:
@@ -530,31 +760,102 @@ def load_weights(path: str | Path) -> tuple[S4Model, Recipe]:
         model.load_state_dict(load_file(path))
     except Exception as error:
         raise ValueError(
-            f"{path}: expected weights with their recipe: {error}"
+            f"{path}: expected weights with their recipe: {error!r}"
         ) from error
     return model.eval(), recipe
 
 
 class _Keeper(pl.Callback):
-    """Write the two files after each epoch, and say how it went."""
+    """Write checkpoints, logs, and a line for each epoch."""
 
     def __init__(self, out: Path, lines: bool) -> None:
         self.out, self.lines = out, lines
 
+    def on_train_start(self, trainer, module) -> None:
+        if not module.history:
+            trainer.save_checkpoint(self.out / "last.ckpt")
+
+    def on_train_batch_end(self, trainer, module, *rest) -> None:
+        if trainer.global_step % 50 == 1:
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            _log(
+                trainer,
+                {
+                    "step_loss": module.loss.item(),
+                    "rate": rate,
+                    "gradient_norm": module.norm.item(),
+                },
+            )
+
     def on_train_epoch_end(self, trainer, module) -> None:
         row = module.history[-1]
-        earlier = [r["validation_accuracy"] for r in module.history[:-1]]
-        if row["validation_accuracy"] > max(earlier, default=-1.0):
+        _log(trainer, {k: v for k, v in row.items() if k != "epoch"})
+        if trainer.is_global_zero and _best(module.history) is row:
             save_weights(module.model, module.recipe, self.out / "best.safetensors")
         trainer.save_checkpoint(self.out / "last.ckpt")
-        if self.lines:
-            print(
-                f"epoch {row['epoch'] + 1:3} of {module.recipe.epochs}: "
-                f"loss {row['train_loss']:.3f}, "
-                f"validation {row['validation_accuracy']:6.1%}, "
-                f"{row['seconds']:5.0f} s",
-                flush=True,
-            )
+        if self.lines and trainer.is_global_zero:
+            print(_line(row, module.recipe.epochs), flush=True)
+
+    def on_exception(self, trainer, module, exception) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            kept = f"{self.out} holds it after epoch {len(module.history)}"
+            print(f"\ninterrupted; {kept}, resume it", file=sys.stderr)
+
+
+def _log(trainer: pl.Trainer, values: dict) -> None:
+    """Add values to all logs."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+        logger.save()
+
+
+def _line(row: dict, epochs: int) -> str:
+    """Describe an epoch in one line."""
+    figures = ", ".join(
+        f"{name.replace('_', ' ')} {row[name]:.4g}"
+        for name in row
+        if name.startswith(_KINDS)
+    )
+    pace = f"{row['examples_per_second']:.0f} examples/s"
+    left = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
+    done = f"epoch {row['epoch']:3} of {epochs}"
+    return f"{done}: {figures}; {pace}, {_duration(left)} left"
+
+
+def _duration(seconds: float) -> str:
+    """Write a time as a reader would."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02} min" if hours else f"{m} min {s:02} s"
+
+
+class _Bar(pl.Callback):
+    """Show how far a run is, its rate, and the time that remains."""
+
+    def on_train_start(self, trainer, module) -> None:
+        self.bar = tqdm(
+            total=trainer.max_epochs * module.epoch_size,
+            initial=len(module.history) * module.epoch_size,
+            desc=module.recipe.data,
+            unit=" examples",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not trainer.is_global_zero,
+        )
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, *rest):
+        self.bar.update(len(batch[0][1]) * trainer.world_size)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        row = module.history[-1]
+        self.bar.n = row["examples"]
+        name = "mse" if "validation_mse" in row else "accuracy"
+        value = f"{row[f'validation_{name}']:.4g}"
+        self.bar.set_postfix({f"validation {name}": value})
+
+    def teardown(self, trainer, module, stage) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
 
 
 def _read_checkpoint(path: Path, recipe: Recipe) -> dict:
@@ -563,9 +864,11 @@ def _read_checkpoint(path: Path, recipe: Recipe) -> dict:
         raise FileNotFoundError(f"{path}: not found, nothing to resume")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = checkpoint["recipe"]
+        theirs, _ = checkpoint["recipe"], checkpoint["history"]
     except Exception as error:
-        raise ValueError(f"{path}: not a whole checkpoint: {error}") from error
+        raise ValueError(
+            f"{path}: not a whole checkpoint of this program: {error!r}"
+        ) from error
     for name, ours in asdict(recipe).items():
         if theirs.get(name) != ours:
             raise ValueError(
@@ -574,19 +877,34 @@ def _read_checkpoint(path: Path, recipe: Recipe) -> dict:
     return checkpoint
 
 
+def _outputs(
+    model: nn.Module, data: SequenceData, split: str, index: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Return a model's outputs and the targets, on the CPU."""
+    pairs, training = [], model.training
+    model.eval()
+    with torch.no_grad():
+        for part in index.split(size):
+            u, target, lengths = data.batch(split, part)
+            pairs.append((model(u, lengths).cpu(), target.cpu()))
+    model.train(training)
+    outputs, targets = zip(*pairs, strict=True)
+    return torch.cat(outputs), torch.cat(targets)
+
+
 def predict(
-    model: S4Model, data: SequenceData, split: str, batch_size: int = 250
+    model: nn.Module, data: SequenceData, split: str, batch_size: int = 250
 ) -> Tensor:
-    """Label all examples of a data set.
+    """Answer all examples of a split.
 
     Args:
-        model: the classifier; its mode is restored afterwards.
+        model: as build makes it; its mode is restored afterwards.
         data: on the model's device.
-        split: "train" or "test".
+        split: such as "test".
         batch_size: examples at a time.
 
     Returns:
-        (n,) the most probable label of each, on the CPU.
+        On the CPU: (n,) the most probable label of each, or its forecast.
 
     Raises:
         TypeError: batch_size is not an integer.
@@ -594,17 +912,39 @@ def predict(
 
     Source: book/train.md.
     """
-    check_choice("split", split, ("train", "test"))
-    n, size = len(data.labels[split]), check_int("batch_size", batch_size)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        parts = [
-            model(data.batch(split, index)[0]).argmax(dim=1).cpu()
-            for index in torch.arange(n).split(size)
-        ]
-    model.train(training)
-    return torch.cat(parts)
+    index = torch.arange(data.count(split))
+    size = check_int("batch_size", batch_size)
+    outputs, _ = _outputs(model, data, split, index, size)
+    return outputs.argmax(dim=1) if data.task == "classify" else outputs
+
+
+def evaluate(
+    model: nn.Module,
+    data: SequenceData,
+    split: str = "test",
+    index: Tensor | None = None,
+) -> dict[str, float]:
+    """Measure a model on examples of a split.
+
+    Args:
+        model: as build makes it; its mode is restored afterwards.
+        data: on the model's device.
+        split: such as "test".
+        index: which examples of it; None: all.
+
+    Returns:
+        {"loss": cross-entropy in nats, "accuracy": share of right answers},
+        or {"mse": …, "mae": …} of forecasts, in the data's standardised unit.
+
+    Raises:
+        ValueError: split is unknown.
+
+    Source: book/train.md.
+    """
+    if index is None:
+        index = torch.arange(data.count(split))
+    terms = _terms(data.task, *_outputs(model, data, split, index, 250))
+    return dict(zip(_TERMS[data.task], terms.tolist(), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -616,13 +956,15 @@ class Result:
         data: what the data set is to be called in a table.
         parameters: how many numbers the model has learnt.
         device: where it ran.
-        history: a dict for each epoch: epoch, images, seconds, and loss and
-            accuracy for train and validation.
-        validation_accuracy: of the best epoch, whose weights are kept.
-        test_accuracy: of the same weights; None if the run is unfinished.
+        history: a dict for each epoch: epoch, examples, seconds, examples per
+            second, and for train and validation loss and accuracy, or mse
+            and mae.
+        validation: the figures of the best epoch, whose weights are kept.
+        test: those of the same weights on the test split; None if the run is
+            unfinished.
         folder: where the files are.
         model: with the best epoch's weights, in evaluation mode, on the CPU.
-        guesses: (n,) its labels for the test images, or None.
+        guesses: its labels or forecasts for the test split, or None.
 
     Source: book/train.md.
     """
@@ -632,11 +974,21 @@ class Result:
     parameters: int
     device: str
     history: list[dict] = field(repr=False)
-    validation_accuracy: float
-    test_accuracy: float | None
+    validation: dict[str, float]
+    test: dict[str, float] | None
     folder: Path
-    model: S4Model = field(repr=False)
+    model: nn.Module = field(repr=False)
     guesses: Tensor | None = field(repr=False)
+
+    @property
+    def validation_accuracy(self) -> float | None:
+        """The accuracy on validation; None for forecasts."""
+        return self.validation.get("accuracy")
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """The accuracy on test; None for forecasts and unfinished runs."""
+        return self.test and self.test.get("accuracy")
 
     def to_json(self) -> str:
         """Return everything but the model, as text."""
@@ -644,9 +996,10 @@ class Result:
             "data",
             "parameters",
             "device",
-            "history",
-            "validation_accuracy",
+            "validation",
+            "test",
             "test_accuracy",
+            "history",
         )
         versions = {
             "python": platform.python_version(),
@@ -663,32 +1016,53 @@ class Result:
         return json.dumps(content, indent=1)
 
 
+_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+
+
 def _trainer(
-    recipe: Recipe, out: Path, first: int, epochs: int, progress: str
+    recipe: Recipe,
+    out: Path,
+    first: int,
+    epochs: int,
+    progress: str,
+    machines: dict,
 ) -> pl.Trainer:
     """Return Lightning's loop, set to be quiet."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for part in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
+    on_cuda, version = torch.cuda.is_available(), f"from-epoch-{first}"
+    callbacks = [_Keeper(out, lines=progress == "lines")]
+    if progress == "bar":
+        callbacks.append(_Bar())
     return pl.Trainer(
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=1,
+        accelerator="cuda" if on_cuda else "cpu",
+        **machines,
+        sync_batchnorm=on_cuda and recipe.norm == "batch",
+        precision=_PRECISIONS[recipe.precision],
         max_epochs=epochs,
         gradient_clip_val=recipe.clip,
-        callbacks=[_Keeper(out, lines=progress == "lines")],
-        logger=CSVLogger(out, name="log", version=f"from-epoch-{first}"),
+        callbacks=callbacks,
+        logger=[
+            kind(out, name=name, version=version)
+            for name, kind in (("log", CSVLogger), ("tensorboard", TensorBoardLogger))
+        ],
+        plugins=[_WholeFiles()],
         log_every_n_steps=1,
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=progress == "bar",
+        enable_progress_bar=False,
     )
 
 
-def _device_name() -> str:
+def _device_name(world: int = 1) -> str:
     """Say in words what fit runs on."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
+        name = torch.cuda.get_device_name()
+        return f"{world} x {name}" if world > 1 else name
+    threads = torch.get_num_threads() * world
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
@@ -699,6 +1073,9 @@ def fit(
     until: int | None = None,
     resume: bool = False,
     progress: str = "lines",
+    devices: int = 1,
+    nodes: int = 1,
+    strategy: str = "auto",
 ) -> Result:
     """Train a model by a recipe; choose on validation, test once.
 
@@ -709,85 +1086,261 @@ def fit(
         until: stop after this epoch, as if interrupted; None: at the end.
         resume: whether to go on with the run in out.
         progress: "bar", "lines" (one for each epoch), or "none".
+        devices: how many of each machine; above 1 in scripts only, which
+            Lightning starts once for each.
+        nodes: how many machines, which share the folder out.
+        strategy: "auto", or "ddp" for gradients averaged over devices.
 
     Returns:
         The result; also written to out/result.json when the run is finished.
+        With several devices, only the first process tests.
 
     Raises:
         FileExistsError: out holds a run already, and resume is false.
         FileNotFoundError: the data, or a run to resume, is not there.
         FloatingPointError: the loss is no longer a number.
-        TypeError: recipe is not a Recipe, or until not an integer.
-        ValueError: progress is unknown, until < 1, or the run in out has
-            another recipe or a damaged checkpoint.
+        OSError: a file cannot be written; the previous one is intact.
+        TypeError: recipe is not a Recipe, or a count not an integer.
+        ValueError: progress or strategy is unknown, a count < 1, or the run
+            in out has another recipe or a damaged checkpoint.
 
     Source: book/train.md.
     """
     check_choice("progress", progress, ("bar", "lines", "none"))
+    machines = _machines(devices, nodes, strategy)
     _check_is_recipe(recipe)
     epochs = recipe.epochs
     if until is not None:
         epochs = min(epochs, check_int("until", until))
     out = Path(out)
-    last, first = out / "last.ckpt", 0
+    first = _epochs_done(recipe, out, resume)
+    module = Learner(recipe, _load(recipe) if data is None else data)
+    out.mkdir(parents=True, exist_ok=True)
+    if first < epochs:
+        trainer = _trainer(recipe, out, first, epochs, progress, machines)
+        _run(trainer, module, out / "last.ckpt", resume)
+    else:
+        module.history = _read_checkpoint(out / "last.ckpt", recipe)["history"]
+    return _finish(module, out, devices * nodes)
+
+
+def _machines(devices: int, nodes: int, strategy: str) -> dict:
+    """Return the machines in Lightning's words."""
+    check_choice("strategy", strategy, ("auto", "ddp"))
+    return {
+        "devices": check_int("devices", devices),
+        "num_nodes": check_int("nodes", nodes),
+        "strategy": strategy,
+    }
+
+
+def _epochs_done(recipe: Recipe, out: Path, resume: bool) -> int:
+    """Return how many epochs lie behind; refuse to overwrite a run."""
     if resume:
-        first = len(_read_checkpoint(last, recipe)["history"])
-    elif last.exists():
+        return len(_read_checkpoint(out / "last.ckpt", recipe)["history"])
+    if (out / "last.ckpt").exists():
         raise FileExistsError(
             f"{out}: holds a run already; resume it, or choose another folder"
         )
-    if data is None:
-        data = load(recipe.data, recipe.gray, recipe.size)
-    module = SequenceClassifier(recipe, data)
-    out.mkdir(parents=True, exist_ok=True)
-    if first < epochs:
-        trainer = _trainer(recipe, out, first, epochs, progress)
-        at = last if resume else None
-        with warnings.catch_warnings():  # of Lightning, about itself
-            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+    return 0
+
+
+def _run(trainer: pl.Trainer, module: Learner, last: Path, resume: bool) -> None:
+    """Let Lightning run; if numbers fail, say what is kept."""
+    at = last if resume else None
+    with warnings.catch_warnings():  # of Lightning and DDP, about themselves
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        warnings.filterwarnings("ignore", ".*bucket view strides")
+        warnings.filterwarnings("ignore", ".*logs directory .* exists")
+        try:
             trainer.fit(module, ckpt_path=at, weights_only=True)
-    history = module.history or _read_checkpoint(last, recipe)["history"]
-    return _finish(recipe, out, data, history)
+        except FloatingPointError as error:
+            kept = f"{last} holds the run after epoch {len(module.history)}"
+            raise FloatingPointError(f"{error}; {kept}") from error
 
 
-def _finish(
-    recipe: Recipe, out: Path, data: SequenceData, history: list[dict]
-) -> Result:
+def _finish(module: Learner, out: Path, world: int) -> Result:
     """Take the best weights; test them if the run is at its end."""
+    recipe, data, history = module.recipe, module.data, module.history
     model, _ = load_weights(out / "best.safetensors")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    guesses = accuracy = None
-    if len(history) == recipe.epochs:
-        guesses = predict(model.to(device), data.to(device), "test")
-        right = guesses == data.labels["test"].cpu()
-        accuracy = right.double().mean().item()
+    test = guesses = None
+    if len(history) == recipe.epochs and rank_zero_only.rank == 0:
+        test, guesses = _test(model, data)
+    prefix, row = "validation_", _best(history)
     result = Result(
         recipe,
         data.title,
         sum(p.numel() for p in model.parameters()),
-        _device_name(),
+        _device_name(world),
         history,
-        max(row["validation_accuracy"] for row in history),
-        accuracy,
+        {k.removeprefix(prefix): v for k, v in row.items() if prefix in k},
+        test,
         out,
         model.cpu(),
         guesses,
     )
-    if accuracy is not None:
-        (out / "result.json").write_text(result.to_json() + "\n", "utf8")
+    if test is not None:
+        _write(out / "result.json", f"{result.to_json()}\n".encode())
     return result
+
+
+def _test(model: nn.Module, data: SequenceData) -> tuple[dict, Tensor]:
+    """Return figures and guesses, from one look at the test split."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    every = torch.arange(data.count("test"))
+    outputs, targets = _outputs(model.to(device), data.to(device), "test", every, 250)
+    terms = _terms(data.task, outputs, targets).tolist()
+    guesses = outputs.argmax(1) if data.task == "classify" else outputs
+    return dict(zip(_TERMS[data.task], terms, strict=True)), guesses
+
+
+def summarise(results: list[Result]) -> dict:
+    """Give mean and standard deviation over runs with several seeds.
+
+    Args:
+        results: finished runs, at least two, whose recipes differ in their
+            seeds alone.
+
+    Returns:
+        "seeds", and for "validation" and "test" each figure as "mean", "sd".
+
+    Raises:
+        ValueError: there are fewer than two, a run is unfinished, a seed
+            occurs twice, or the recipes differ in more than their seeds.
+
+    Source: book/train.md.
+    """
+    seeds = [result.recipe.seed for result in results]
+    recipes = {replace(result.recipe, seed=0) for result in results}
+    if len(set(seeds)) < max(2, len(seeds)) or len(recipes) != 1:
+        raise ValueError(
+            "results: expected two or more runs of one recipe with different "
+            f"seeds, got seeds {seeds} of {len(recipes)} recipes"
+        )
+    if any(result.test is None for result in results):
+        raise ValueError("results: expected finished runs, got an unfinished")
+    return {
+        "seeds": seeds,
+        "validation": _spread([r.validation for r in results]),
+        "test": _spread([r.test for r in results]),
+    }
+
+
+def _spread(figures: list[dict[str, float]]) -> dict[str, dict]:
+    """Return mean and standard deviation of each figure."""
+    columns = {name: [row[name] for row in figures] for name in figures[0]}
+    return {
+        name: {"mean": statistics.mean(v), "sd": statistics.stdev(v)}
+        for name, v in columns.items()
+    }
+
+
+def _field_help() -> dict[str, str]:
+    """Return what Recipe's docstring says of each field."""
+    _, _, text = (Recipe.__doc__ or "").partition("Attributes:")
+    lines = (line.strip().partition(": ") for line in text.splitlines())
+    return {name: said.rstrip(".") for name, colon, said in lines if colon}
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each field of a recipe but its data."""
+    group = parser.add_argument_group(
+        "the recipe with another value",
+        "`s4mini list RECIPE` shows the values of a recipe",
+    )
+    names = {int: "N", float: "X", int | None: "N|none"}
+    said = _field_help()
+    for name, kind in get_type_hints(Recipe).items():
+        option, text = f"--{name.replace('_', '-')}", said.get(name)
+        if kind is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+        elif name != "data":
+            metavar = names.get(kind) or "|".join(_CHOICES[name])
+            group.add_argument(option, metavar=metavar, help=text)
+
+
+def _changes(options: argparse.Namespace) -> dict[str, str]:
+    """Return the overrides of a command line."""
+    names = get_type_hints(Recipe)
+    given = {name: getattr(options, name, None) for name in names}
+    return {k: str(v) for k, v in given.items() if v is not None}
+
+
+_EPILOG = """\
+examples:
+  s4mini list                           what can be trained
+  s4mini fit digits                     train; seconds on a laptop
+  s4mini fit digits --lr 0.005 --out runs/slow
+  s4mini fit scifar --resume            go on where it was stopped or killed
+  s4mini fit digits --seeds 3           three seeds: mean and deviation
+  s4mini fit scifar --devices 4 --strategy ddp
+  s4mini evaluate runs/digits           the figures on the test split
+
+Several machines: start the same command on each by torchrun or Slurm, with
+--nodes N --devices M; the folder must be the same for all.
+Data: `python -m s4mini.data` fetches them; S4MINI_DATA says where they are.
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
     """Return the reader of the command line."""
     parser = argparse.ArgumentParser(
-        prog="s4mini-train",
-        description="Train S4 on images read pixel by pixel.",
-        epilog="Example: s4mini-train digits --epochs 5 --set lr=0.005",
+        prog="s4mini",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        description="Train and measure structured state space models (S4).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    texts = {
+        "list": "show the recipes, or one in full",
+        "fit": "train a model by a recipe, select on validation, test",
+        "evaluate": "measure a trained model",
+    }
+    adders = {"list": _add_list, "fit": _add_fit, "evaluate": _add_evaluate}
+    for name, text in texts.items():
+        adders[name](
+            commands.add_parser(
+                name,
+                help=text,
+                allow_abbrev=False,
+                description=f"{text[0].upper()}{text[1:]}.",
+            )
+        )
+    return parser
+
+
+def _add_list(parser: argparse.ArgumentParser) -> None:
+    """Describe `s4mini list`."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE")
+    parser.set_defaults(run=_run_list)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Describe `s4mini evaluate`."""
     add = parser.add_argument
-    add("recipe", nargs="?", help="name of a recipe; --list shows them")
-    add("--list", action="store_true", help="show the recipes and stop")
+    add(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="the folder of a run, or a file best.safetensors",
+    )
+    add(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="what to measure on (default: %(default)s)",
+    )
+    add("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_run_evaluate)
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    """Describe `s4mini fit`."""
+    parser.usage = "s4mini fit RECIPE [options] [--FIELD VALUE …]"
+    parser.set_defaults(run=_run_fit)
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="a name that `s4mini list` shows")
     add(
         "--out",
         type=Path,
@@ -798,39 +1351,167 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--until", type=int, metavar="N", help="stop after epoch N, to be resumed later"
     )
-    add("--epochs", metavar="N", help="the recipe with N epochs")
-    add("--seed", metavar="N", help="the recipe with another seed")
     add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="the recipe with another value; may be repeated",
+        "--seeds",
+        type=int,
+        metavar="N",
+        default=1,
+        help="run N seeds, counted from the recipe's, in folders of their "
+        "own; give mean and standard deviation",
     )
     add(
-        "--lines",
-        action="store_true",
-        help="a line for each epoch instead of a progress bar",
+        "--progress",
+        choices=("bar", "lines", "none"),
+        help="how to show it (default: bar at a terminal, else lines)",
     )
-    return parser
+    add(
+        "--devices",
+        type=int,
+        metavar="N",
+        default=1,
+        help="GPUs, or processes without one, on each machine (default: 1)",
+    )
+    add("--nodes", type=int, metavar="N", default=1, help="machines (default: 1)")
+    add(
+        "--strategy",
+        choices=("auto", "ddp"),
+        default="auto",
+        help="ddp: each device takes a share of every batch",
+    )
+    _add_overrides(parser)
 
 
-def _changes(options: argparse.Namespace) -> dict[str, str]:
-    """Return the overrides of a command line."""
-    changes = {}
-    for text in options.set:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set: expected NAME=VALUE, got {text!r}")
-        changes[name] = value
-    for name in ("epochs", "seed"):
-        if getattr(options, name) is not None:
-            changes[name] = getattr(options, name)
-    return changes
+def _run_list(options: argparse.Namespace) -> None:
+    """Print a line for each recipe, or a line for each field of one."""
+    if options.recipe is not None:
+        said = _field_help()
+        for name, value in asdict(_named(options.recipe)).items():
+            value = "none" if value is None else str(value).lower()
+            print(f"{name:15}{value:10}  {said.get(name, '')}".rstrip())
+        return
+    rows = [("RECIPE", "DATA", "BLOCKS", "STATE", "BATCH", "EPOCHS")]
+    for name, r in RECIPES.items():
+        rows.append(
+            (
+                name,
+                r.data,
+                f"{r.n_layers} x {r.d_model}",
+                r.d_state,
+                r.batch_size,
+                r.epochs,
+            )
+        )
+    for name, data, blocks, *sizes in rows:
+        numbers = "".join(f"{size:>7}" for size in sizes)
+        print(f"{name:14}{data:12}{blocks:>8}{numbers}")
+
+
+def _named(name: str) -> Recipe:
+    """Return the recipe of a name, or list those there are."""
+    check_choice("recipe", name, tuple(RECIPES))
+    return RECIPES[name]
+
+
+def _run_fit(options: argparse.Namespace) -> None:
+    """Train a recipe with one seed or several, and print what it came to."""
+    recipe = override(_named(options.recipe), _changes(options))
+    out = options.out or Path("runs", options.recipe)
+    seeds = check_int("seeds", options.seeds)
+    if seeds == 1:
+        _show(_fit_one(recipe, out, options))
+        return
+    if options.devices * options.nodes > 1:
+        raise ValueError("seeds: expected 1 with several devices")
+    results = []
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        one = replace(recipe, seed=seed)
+        results.append(_fit_one(one, out / f"seed-{seed}", options))
+        _show(results[-1])
+    if all(result.test for result in results):
+        summary = summarise(results)
+        _write(out / "summary.json", json.dumps(summary, indent=1).encode())
+        _show_summary(summary)
+
+
+def _fit_one(recipe: Recipe, out: Path, options: argparse.Namespace) -> Result:
+    """Train with one seed; --resume starts seeds not yet begun."""
+    several = options.seeds > 1
+    begun = (out / "last.ckpt").exists()
+    shown = options.progress or ("bar" if sys.stderr.isatty() else "lines")
+    return fit(
+        recipe,
+        out,
+        _load(recipe, os.cpu_count() or 1),
+        until=options.until,
+        progress=shown,
+        resume=options.resume and (begun or not several),
+        devices=options.devices,
+        nodes=options.nodes,
+        strategy=options.strategy,
+    )
+
+
+def _show(result: Result) -> None:
+    """Print what a run has come to, in the first process only."""
+    if rank_zero_only.rank:
+        return
+    print(
+        f"{result.data}: seed {result.recipe.seed}, "
+        f"{result.parameters:,} parameters, {result.device}"
+    )
+    rows = {"validation": result.validation, "test": result.test}
+    for kind, figures in rows.items():
+        print(f"{kind:12}{_figures(figures) if figures else 'unfinished'}")
+    print(f"{'files in':12}{result.folder}")
+
+
+def _figures(figures: dict[str, float]) -> str:
+    """Write figures in one line."""
+    return ", ".join(
+        f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4f}"
+        for name, value in figures.items()
+    )
+
+
+def _show_summary(summary: dict) -> None:
+    """Print mean and standard deviation over seeds."""
+    print(f"mean and standard deviation of {len(summary['seeds'])} seeds")
+    for kind in ("validation", "test"):
+        parts = (
+            f"{name} {100 * v['mean']:.2f} ± {100 * v['sd']:.2f} %"
+            if name == "accuracy"
+            else f"{name} {v['mean']:.4f} ± {v['sd']:.4f}"
+            for name, v in summary[kind].items()
+        )
+        print(f"{kind:12}{', '.join(parts)}")
+
+
+def _run_evaluate(options: argparse.Namespace) -> None:
+    """Measure the weights of a run on a split, and print the figures."""
+    path = options.checkpoint
+    model, recipe = load_weights(path / "best.safetensors" if path.is_dir() else path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = _load(recipe, os.cpu_count() or 1)
+    split, index = _parts(recipe, data)[options.split]
+    figures = evaluate(model.to(device), data.to(device), split, index)
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "data": data.title,
+                    "split": options.split,
+                    "examples": len(index),
+                    **figures,
+                }
+            )
+        )
+    else:
+        print(f"{data.title}: {len(index):,} examples of {options.split}")
+        print(_figures(figures))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train a recipe from the command line.
+    """Train, measure or list from the command line.
 
     Args:
         argv: the arguments; those of the process by default.
@@ -843,33 +1524,22 @@ def main(argv: list[str] | None = None) -> int:
 
     Source: book/train.md.
     """
-    options = _parser().parse_args(argv)
-    if options.list or options.recipe is None:
-        for name, recipe in RECIPES.items():
-            print(
-                f"{name:14}{recipe.data}, {recipe.n_layers} layers of "
-                f"{recipe.d_model}, N = {recipe.d_state}, batches of "
-                f"{recipe.batch_size}, {recipe.epochs} epochs"
-            )
-        return 0
     try:
-        check_choice("recipe", options.recipe, tuple(RECIPES))
-        recipe = override(RECIPES[options.recipe], _changes(options))
-        result = fit(
-            recipe,
-            options.out or Path("runs", options.recipe),
-            until=options.until,
-            resume=options.resume,
-            progress="lines" if options.lines else "bar",
-        )
-    except (OSError, ValueError, TypeError, ArithmeticError) as error:
-        print(f"s4mini-train: {error}", file=sys.stderr)
+        options = _parser().parse_args(argv)
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `s4mini list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        ModuleNotFoundError,
+    ) as error:
+        print(f"s4mini: {error}", file=sys.stderr)
         return 1
-    test = result.test_accuracy
-    print(result.data)
-    print(f"validation  {result.validation_accuracy:.2%}")
-    print("unfinished" if test is None else f"test        {test:.2%}")
-    print(f"files in    {result.folder}")
     return 0
 
 

@@ -1,25 +1,52 @@
 """Training: recipes, order, schedule, resuming, files, the command line."""
 
+import csv
+import errno
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Generator, nn
 
 from s4mini import train
-from s4mini.data import load
+from s4mini.data import ImageData, SoundData, WindowData, load, reading_order
 from s4mini.model import parameter_groups
 from s4mini.train import RECIPES, Recipe
 
 TINY = Recipe(
     "digits", size=4, d_model=8, n_layers=1, d_state=4, epochs=3, epoch_size=100, warmup=0.2
 )
+SPLITS = ("train", "test")
+CLOCKS = ("seconds", "examples_per_second")  # what a clock measures differs between runs
+
+
+def same_history(one, other, tolerance=1e-6):
+    """Compare two histories, but for what a clock measures."""
+    for a, b in zip(one, other, strict=True):
+        assert set(a) == set(b)
+        assert all(a[k] == pytest.approx(b[k], abs=tolerance) for k in a if k not in CLOCKS)
+
+
+def as_options(recipe):
+    """Write a recipe as options of the command line."""
+    options = []
+    for name, value in asdict(recipe).items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{option}" if value else f"--no-{option}")
+        elif name != "data":
+            options.append(f"--{option}={str(value).lower()}")
+    return options
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +67,7 @@ def test_resuming_gives_the_uninterrupted_run(digits, whole, tmp_path):
     ended = train.fit(TINY, tmp_path, digits, resume=True, progress="none")
     for name, weight in whole.model.state_dict().items():
         torch.testing.assert_close(ended.model.state_dict()[name], weight, rtol=0, atol=1e-6)
-    for one, other in zip(whole.history, ended.history, strict=True):
-        assert all(one[k] == pytest.approx(other[k], abs=1e-6) for k in one if k != "seconds")
+    same_history(whole.history, ended.history)
     assert ended.test_accuracy == whole.test_accuracy
     seconds = [row["seconds"] for row in ended.history]
     assert seconds == sorted(seconds)
@@ -83,7 +109,7 @@ def test_files_are_plain_and_complete(whole):
 
 
 def test_optimiser_follows_schedule_and_groups(digits):
-    module = train.SequenceClassifier(TINY, digits)
+    module = train.Learner(TINY, digits)
     made = module.configure_optimizers()
     groups = parameter_groups(module.model, TINY.lr, TINY.weight_decay, TINY.ssm_lr)
     first = train.schedule(0, 1, 6)
@@ -118,6 +144,8 @@ def test_schedule_rises_then_falls(warmup, rest):
     assert factors[:warmup] == sorted(factors[:warmup])
     assert factors[warmup:] == sorted(factors[warmup:], reverse=True)
     assert factors[warmup] == 1 and factors[-1] == pytest.approx(0, abs=1e-12)
+    held = [train.schedule(t, warmup, warmup + rest, "constant") for t in range(warmup + rest)]
+    assert held == factors[:warmup] + [1.0] * rest
 
 
 def test_predict_restores_the_mode(digits, whole):
@@ -127,10 +155,95 @@ def test_predict_restores_the_mode(digits, whole):
     assert torch.equal(guesses, train.predict(model, digits, "test", batch_size=1000))
 
 
-def test_every_named_recipe_builds():
-    for name, recipe in RECIPES.items():
-        model = train.build(recipe, 3 if recipe.data == "cifar10" else 1, 10)
-        assert sum(p.numel() for p in model.parameters()) > 1000, name
+def images(name, gray=False, size=None, order="raster", side=8):
+    """Make a few images of noise in place of real ones."""
+    draw = Generator().manual_seed(0)
+    channels, size = 3 if name == "cifar10" else 1, size or side
+    shown = {s: torch.randint(256, (40, side, side, channels), generator=draw) for s in SPLITS}
+    return ImageData(
+        name=name, title="noise", classes=tuple("0123456789"), length=size**2,
+        mean=torch.full((1 if gray else channels,), 128.0), std=torch.full((1,), 74.0),
+        labels={s: torch.arange(40) % 10 for s in SPLITS},
+        images={s: v.byte() for s, v in shown.items()},
+        gray=gray, size=size, steps=reading_order(order, size**2), order=order,
+    )  # fmt: skip
+
+
+def sounds():
+    """Make a few noises of different lengths in place of recordings."""
+    draw, lengths = Generator().manual_seed(0), torch.arange(20, 60)
+    samples = torch.randint(-1000, 1000, (int(lengths.sum()),), generator=draw).short()
+    return SoundData(
+        name="speech", title="noise", classes=tuple("0123456789"), length=60,
+        mean=torch.zeros(1), std=torch.full((1,), 500.0),
+        labels={s: torch.arange(40) % 10 for s in SPLITS},
+        samples=dict.fromkeys(SPLITS, samples), lengths=dict.fromkeys(SPLITS, lengths),
+        starts=dict.fromkeys(SPLITS, lengths.cumsum(0) - lengths),
+    )  # fmt: skip
+
+
+def hours(name, length, horizon):
+    """Make a short sine in place of a transformer's temperature."""
+    values = torch.sin(torch.arange(200.0) / 4)[:, None]
+    starts = {s: torch.arange(40) + 40 * i for i, s in enumerate(("train", "validation", "test"))}
+    return WindowData(
+        name=name, title="a sine", classes=(), length=length, mean=torch.zeros(1),
+        std=torch.ones(1), labels={}, values=values, starts=starts, horizon=horizon,
+        columns=("OT",),
+    )  # fmt: skip
+
+
+def stand_in(name, gray=False, size=None, **options):
+    """Take the place of load, with data that need no files."""
+    options.pop("workers", None)
+    if name in ("cifar10", "mnist"):
+        return images(name, gray, size and 4, options["order"])
+    if name == "speech":
+        return sounds()
+    if name.startswith("ett"):
+        return hours(name, options["length"], options["horizon"])
+    return load(name, gray, size, **options)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_runs_end_to_end(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load", stand_in)
+    recipe = RECIPES[name]
+    small = {"d-model": 4, "n-layers": 1, "d-state": 4, "epochs": 2, "epoch-size": 8}
+    small |= {"batch-size": 4, "validation": 0.2, "out": tmp_path, "progress": "none"}
+    if recipe.size:
+        small["size"] = 4
+    if recipe.length:
+        small |= {"length": 12, "horizon": 5}
+    if recipe.data in ("listops", "pathfinder"):
+        small["examples"] = 12
+    if recipe.data == "listops":
+        small["length"] = 40
+    assert train.main(["fit", name, *(f"--{k}={v}" for k, v in small.items())]) == 0
+    assert "test " in capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    names = {"mse", "mae"} if name.startswith("ett") else {"loss", "accuracy"}
+    assert set(result["test"]) == set(result["validation"]) == names
+    assert all(math.isfinite(v) and v >= 0 for v in result["test"].values())
+    assert train.main(["evaluate", str(tmp_path), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {k: again[k] for k in names} == pytest.approx(result["test"])
+
+
+def test_forecasts_are_chosen_by_their_error_and_learn_a_sine(tmp_path):
+    recipe = Recipe(
+        "etth1", length=30, horizon=5, n_layers=1, d_model=16, d_state=8, dropout=0.0,
+        epochs=8, epoch_size=80, batch_size=10, dt_min=0.02, dt_max=0.5,
+    )  # fmt: skip
+    result = train.fit(recipe, tmp_path, hours("etth1", 30, 5), progress="none")
+    errors = [row["validation_mse"] for row in result.history]
+    assert result.validation["mse"] == min(errors)
+    assert result.test["mse"] < 0.25, "half the variance of a sine is 0.25"
+    assert result.guesses.shape == (40, 5, 1) and result.test_accuracy is None
+    truth = hours("etth1", 30, 5).batch("test", torch.arange(40)).target
+    difference = result.guesses - truth
+    assert result.test["mse"] == pytest.approx(difference.square().mean().item(), abs=1e-6)
+    assert result.test["mae"] == pytest.approx(difference.abs().mean().item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -140,18 +253,57 @@ def test_override_reads_back_every_field(recipe):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(digits, tmp_path, monkeypatch):
+    real, calls = train.cross_entropy, []
+
     def broken(logits, target):
-        return logits.sum() * math.nan
+        calls.append(len(target))
+        first_epoch = len(calls) <= 3  # two batches and the held-out images
+        return real(logits, target) * (1.0 if first_epoch else math.nan)
 
     monkeypatch.setattr(train, "cross_entropy", broken)
-    with pytest.raises(FloatingPointError, match=r"nan at step 0, batch 0 of epoch 0, rate"):
+    place = r"loss nan, .* step 3, batch 1 of epoch 2, learning rate 0\.00\d+; .*after epoch 1"
+    with pytest.raises(FloatingPointError, match=place):
         train.fit(TINY, tmp_path, digits, progress="none")
+    monkeypatch.setattr(train, "cross_entropy", real)
+    resumed = train.fit(TINY, tmp_path, digits, resume=True, progress="none")
+    assert len(resumed.history) == 3 and resumed.test_accuracy > 0
+
+
+def test_features_that_are_no_numbers_stop_the_run_too(digits, tmp_path):
+    wild = replace(TINY, lr=1e30, warmup=0.0)
+    with pytest.raises(
+        FloatingPointError, match=r"at step \d+, batch \d+ of epoch 1, learning rate"
+    ):
+        train.fit(wild, tmp_path, digits, progress="none")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["history"] == [] and checkpoint["recipe"] == asdict(wild)
+    assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
 
 
 def test_lines_tell_each_epoch(digits, tmp_path, capsys):
     train.fit(replace(TINY, epochs=1), tmp_path, digits, progress="lines")
     seen = capsys.readouterr()
-    assert "epoch   1 of 1: loss" in seen.out and seen.err == ""
+    assert "epoch   1 of 1: train loss" in seen.out and seen.err == ""
+    assert "examples/s, 0 min 00 s left" in seen.out
+
+
+def test_the_bar_tells_rate_and_remaining_time(digits, tmp_path, capsys):
+    train.fit(replace(TINY, epochs=1), tmp_path, digits, progress="bar")
+    seen = capsys.readouterr()
+    assert seen.out == "" and "100/100 [" in seen.err
+    assert "examples/s" in seen.err and "validation accuracy" in seen.err and "<" in seen.err
+
+
+def test_logs_hold_every_epoch_and_its_rate(whole):
+    (path,) = whole.folder.glob("log/*/metrics.csv")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [row for row in rows if row["validation_loss"]]
+    for row, ours in zip(epochs, whole.history, strict=True):
+        assert float(row["validation_loss"]) == pytest.approx(ours["validation_loss"])
+        assert float(row["examples_per_second"]) > 0
+    assert {"step_loss", "rate", "gradient_norm"} <= set(rows[0])
+    assert list(whole.folder.glob("tensorboard/*/events*"))
 
 
 def test_nothing_is_overwritten_or_mixed(digits, whole, tmp_path):
@@ -163,7 +315,7 @@ def test_nothing_is_overwritten_or_mixed(digits, whole, tmp_path):
         train.fit(TINY, tmp_path, digits, resume=True)
     content = (whole.folder / "last.ckpt").read_bytes()
     (tmp_path / "last.ckpt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
+    with pytest.raises(ValueError, match="not a whole checkpoint of this program"):
         train.fit(TINY, tmp_path, digits, resume=True)
 
 
@@ -175,45 +327,225 @@ def test_damaged_weights_are_refused(whole, tmp_path):
             train.load_weights(tmp_path / name)
 
 
+def start(*arguments):
+    """Start the program in a process of its own."""
+    command = [sys.executable, "-m", "s4mini.train", *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+
+
+def test_a_killed_run_resumes_and_ends_like_one_left_alone(digits, tmp_path):
+    recipe = replace(TINY, epochs=2, epoch_size=1200)
+    options = [*as_options(recipe), "--out", tmp_path / "killed", "--progress=lines"]
+    process = start("fit", "digits", *options)
+    try:
+        assert process.stdout.readline().startswith("epoch   1 of 2")
+        time.sleep(0.05)  # into the second epoch
+    finally:
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
+    kept = torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)
+    assert len(kept["history"]) == 1 and not (tmp_path / "killed" / "result.json").exists()
+    resumed = train.fit(recipe, tmp_path / "killed", resume=True, progress="none")
+    alone = train.fit(recipe, tmp_path / "alone", digits, progress="none")
+    same_history(alone.history, resumed.history)
+    assert resumed.test == pytest.approx(alone.test, abs=1e-6)
+
+
+def test_two_processes_give_the_loss_of_one(digits, tmp_path):
+    # 101 = 2 batches of 50 and one of 1, for which the second process has nothing left
+    recipe = replace(TINY, dropout=0.0, epochs=2, epoch_size=101)
+    options = [*as_options(recipe), "--out", tmp_path / "two", "--progress=none"]
+    process = start("fit", "digits", *options, "--devices=2", "--strategy=ddp")
+    try:
+        output, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert errors == "" and output.count("test ") == 1, "one process speaks"
+    one = train.fit(recipe, tmp_path / "one", digits, progress="none")
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    same_history(one.history, two["history"], tolerance=1e-5)
+    assert two["test"] == pytest.approx(one.test, abs=1e-5)
+    weights = train.load_weights(tmp_path / "two" / "best.safetensors")[0].state_dict()
+    for name, weight in one.model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(digits, tmp_path):
+    train.fit(TINY, tmp_path, digits, until=1, progress="none")
+    kept = (tmp_path / "last.ckpt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, hard))  # files may not grow longer
+    try:
+        with pytest.raises(OSError, match=r"cannot be written: .*the previous one is intact"):
+            train.fit(TINY, tmp_path, digits, resume=True, progress="none")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "last.ckpt").read_bytes() == kept
+    assert not list(tmp_path.rglob("*.part"))
+    ended = train.fit(TINY, tmp_path, digits, resume=True, progress="none")
+    assert len(ended.history) == TINY.epochs and ended.test is not None
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_lost_permission_leaves_the_previous_file(tmp_path, monkeypatch, step):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = tmp_path / "file"
+    train._write(path, b"first")
+    monkeypatch.setattr(os, step, refuse)
+    with pytest.raises(PermissionError, match="Permission denied; the previous one is intact"):
+        train._write(path, b"second")
+    with pytest.raises(PermissionError, match=r"cannot be written: Permission denied: '.*other'"):
+        train._write(tmp_path / "other", b"new")
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
+def test_ctrl_c_says_what_is_kept(digits, tmp_path, monkeypatch, capsys):
+    def interrupt(row, epochs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_line", interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            train.fit(TINY, tmp_path, digits)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores it from here on
+    assert "holds it after epoch 1, resume it" in capsys.readouterr().err
+    assert len(train.fit(TINY, tmp_path, digits, resume=True, progress="none").history) == 3
+
+
+def test_half_precision_trains_alike(digits, whole, tmp_path):
+    half = train.fit(replace(TINY, precision="bfloat16"), tmp_path, digits, progress="none")
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    for one, other in zip(whole.history, half.history, strict=True):
+        assert 0 < abs(one["train_loss"] - other["train_loss"]) < 0.1
+
+
+def test_shares_of_a_batch_make_the_batch():
+    part = torch.arange(10, 23)
+    for world in (1, 2, 3, 5, 20):
+        shares = [train._share(part, rank, world) for rank in range(world)]
+        assert sum(weight for _, weight in shares) == pytest.approx(world)
+        assert torch.cat([s for s, w in shares if w]).sort().values.equal(part)
+        assert all(len(s) for s, _ in shares)
+
+
+def test_several_seeds_are_summarised(tmp_path, capsys):
+    command = ["fit", "digits", *as_options(replace(TINY, epochs=1, seed=4))]
+    command += ["--out", str(tmp_path), "--seeds=2", "--progress=none"]
+    assert train.main(command) == 0
+    seen = capsys.readouterr().out
+    assert "mean and standard deviation of 2 seeds" in seen and " ± " in seen
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    runs = [json.loads((tmp_path / f"seed-{s}" / "result.json").read_text()) for s in (4, 5)]
+    a, b = (run["test_accuracy"] for run in runs)
+    assert summary["seeds"] == [4, 5] and runs[0]["seed"] == 4
+    assert summary["test"]["accuracy"]["mean"] == pytest.approx((a + b) / 2)
+    assert summary["test"]["accuracy"]["sd"] == pytest.approx(abs(a - b) / 2**0.5)
+    assert train.main(command) == 1  # the runs are there
+    assert "holds a run already" in capsys.readouterr().err
+    assert train.main([*command, "--resume"]) == 0
+
+
+def test_summaries_need_runs_of_one_recipe(whole):
+    with pytest.raises(ValueError, match=r"two or more .* got seeds \[0\]"):
+        train.summarise([whole])
+    with pytest.raises(ValueError, match="different seeds"):
+        train.summarise([whole, whole])
+    other = replace(whole, recipe=replace(TINY, seed=1, lr=0.5))
+    with pytest.raises(ValueError, match="2 recipes"):
+        train.summarise([whole, other])
+    unfinished = replace(whole, recipe=replace(TINY, seed=1), test=None)
+    with pytest.raises(ValueError, match="unfinished"):
+        train.summarise([whole, unfinished])
+
+
 def test_the_command_line(tmp_path, capsys):
-    tiny = [f"--set={k}={v}" for k, v in asdict(TINY).items() if k != "seed"]
-    command = ["digits", *tiny, "--epochs", "2", "--seed=3", "--out", str(tmp_path), "--lines"]
+    options = as_options(replace(TINY, epochs=2, seed=3))
+    command = ["fit", "digits", *options, "--out", str(tmp_path), "--progress=lines"]
     assert train.main([*command, "--until=1"]) == 0
     assert "unfinished" in capsys.readouterr().out
     assert train.main([*command, "--resume"]) == 0
-    assert "test " in capsys.readouterr().out
-    assert json.loads((tmp_path / "result.json").read_text())["recipe"]["seed"] == 3
-    assert train.main(["--list"]) == 0
-    listed = capsys.readouterr().out
-    assert all(name in listed for name in RECIPES)
+    said = capsys.readouterr().out.splitlines()
+    (tested,) = (line for line in said if line.startswith("test "))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["recipe"]["seed"] == 3
+    for path in (tmp_path, tmp_path / "best.safetensors"):
+        assert train.main(["evaluate", str(path)]) == 0
+        assert capsys.readouterr().out.splitlines()[1] == tested.removeprefix("test").strip()
+    assert train.main(["evaluate", str(tmp_path), "--split=validation", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["examples"] == 144 and measured["split"] == "validation"
+    assert measured["accuracy"] == pytest.approx(result["validation"]["accuracy"])
+
+
+def test_the_list(capsys):
+    assert train.main(["list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == ["RECIPE", *RECIPES]
+    assert max(map(len, listed)) < 80
+    assert train.main(["list", "digits"]) == 0
+    fields_listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in fields_listed] == [f.name for f in fields(Recipe)]
+    assert all(len(line.split()) >= 3 for line in fields_listed), "each has its help"
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nonesuch"], "'digits', 'smnist-small', 'scifar-live', 'scifar'"),
-        (["digits", "--set", "lr"], "NAME=VALUE"),
-        (["digits", "--set", "lr=fast"], "lr: expected a number, got 'fast'"),
-        (["digits", "--set", "speed=1"], "setting: expected one of 'data'"),
-        (["digits", "--epochs", "none"], "epochs: expected an integer"),
-        (["digits", "--epochs", "0"], "epochs: expected an integer >= 1"),
-        (["digits", "--set", "bidirectional=perhaps"], "true or false"),
+        (["fit", "nonesuch"], "recipe: expected one of 'digits', 'smnist-small', 'scifar-live'"),
+        (["list", "nonesuch"], "'listops', 'pathfinder'; got 'nonesuch'"),
+        (["fit", "digits", "--lr", "fast"], "lr: expected a number, got 'fast'"),
+        (["fit", "digits", "--epochs", "none"], "epochs: expected an integer"),
+        (["fit", "digits", "--epochs", "0"], "epochs: expected an integer >= 1"),
+        (["fit", "digits", "--norm", "both"], "norm: expected one of 'layer', 'batch'"),
+        (["fit", "digits", "--seeds", "0"], "seeds: expected an integer >= 1"),
+        (["fit", "digits", "--seeds", "2", "--devices", "2"], "seeds: expected 1 with several"),
+        (["fit", "digits", "--devices", "0"], "devices: expected an integer >= 1"),
+        (["fit", "digits", "--resume", "--out", "nowhere"], "nothing to resume"),
+        (["evaluate", "nowhere"], "nowhere: not found"),
+        (["evaluate", __file__], "expected weights with their recipe"),
     ],
 )
 def test_the_command_line_names_mistakes(arguments, message, capsys):
     assert train.main(arguments) == 1
-    assert message in capsys.readouterr().err
+    seen = capsys.readouterr()
+    assert message in seen.err and seen.err.startswith("s4mini: ") and seen.out == ""
 
 
-def test_running_the_module_shows_help():
-    done = subprocess.run(
-        [sys.executable, "-m", "s4mini.train", "--help"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "80"},
-    )
-    assert done.returncode == 0 and "name of a recipe" in done.stdout
-    assert done.stderr == ""
+@pytest.mark.parametrize(
+    "arguments", [[], ["fit"], ["fit", "digits", "--speed=1"], ["evaluate", "x", "--split=all"]]
+)
+def test_the_command_line_shows_its_use(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments)
+    assert stopped.value.code == 2 and "usage: s4mini" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["fit", "--help"])
+    seen = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for field in fields(Recipe)[1:]:
+        assert f"--{field.name.replace('_', '-')}" in seen
+
+
+def test_a_reader_that_stops_is_no_error(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does when it has seen enough
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert train.main(["list"]) == 141
+        pipe.write("what is flushed at the end of the program")
+    assert capsys.readouterr().err == ""
 
 
 MODEL = train.build(TINY, 1, 10)
@@ -246,8 +578,20 @@ BAD_CALLS = [
     (TypeError, "recipe", lambda: train.fit("digits", "out")),
     (ValueError, "progress", lambda: train.fit(TINY, "out", progress="loud")),
     (ValueError, "until", lambda: train.fit(TINY, "out", until=0)),
-    (ValueError, "split", lambda: train.predict(MODEL, None, "valid")),
-    (TypeError, "Recipe", lambda: train.save_weights(MODEL, "digits", "w")),
+    (ValueError, "devices", lambda: train.fit(TINY, "out", devices=0)),
+    (ValueError, "nodes", lambda: train.fit(TINY, "out", nodes=0)),
+    (ValueError, "strategy", lambda: train.fit(TINY, "out", strategy="fsdp")),
+    (ValueError, "split", lambda: train.predict(MODEL, load("digits"), "valid")),
+    (ValueError, "split", lambda: train.evaluate(MODEL, load("digits"), "valid")),
+    (ValueError, "schedule", lambda: replace(TINY, schedule="plateau")),
+    (ValueError, "precision", lambda: replace(TINY, precision="float16")),
+    (ValueError, "pool", lambda: replace(TINY, pool="none")),
+    (ValueError, "measure", lambda: replace(TINY, measure="hippo")),
+    (ValueError, "kind", lambda: train.schedule(0, 0, 1, kind="linear")),
+    (TypeError, "recipe", lambda: train.save_weights(MODEL, "digits", "w")),
+    (TypeError, "model", lambda: train.save_weights(nn.Linear(1, 1), TINY, "w")),
+    (ValueError, "order", lambda: replace(TINY, order="random")),
+    (ValueError, "horizon", lambda: train.build(TINY, 1, 1, 0)),
     (FileNotFoundError, "nowhere", lambda: train.load_weights("nowhere")),
 ]
 
