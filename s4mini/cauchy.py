@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from s4mini.checks import check_int, check_tensors
 from s4mini.generating import _check_batch
 
-__all__ = ["nodes", "cauchy_naive", "cauchy"]
+__all__ = ["nodes", "damp", "cauchy_naive", "cauchy"]
 
 
 def nodes(
@@ -48,6 +48,40 @@ def nodes(
     x = 2 * torch.sin(math.pi / L * k)
     y = torch.sin(math.pi / (2 * L) * (L - 2 * k))
     return x.to(dtype), y.to(dtype)
+
+
+def damp(Lambda: Tensor, v: Tensor, L: int) -> tuple[Tensor, Tensor]:
+    """Return the modes and weights with which a sum has no pole.
+
+    With tau = tanh(1/2L), and z = exp(-1/L - i theta), the fractions
+    v / ((1 - z) - (1 + z) Lambda / 2) are those of the result at the real
+    nodes of exp(-i theta), times (1 + tau) exp(i theta / 2).
+
+    Args:
+        Lambda: (..., n) eigenvalues times the step, real part <= 0.
+        v: (..., n) weights; batch axes are broadcast.
+        L: length of the sequence, >= 1.
+
+    Returns:
+        Lambda' (..., n) with a real part below zero, and v' (..., n).
+
+    Raises:
+        TypeError: Lambda or v is not a tensor of numbers, or L no integer.
+        ValueError: shapes do not agree, an entry is not finite, or L < 1.
+
+    Source: book/cauchy.md.
+    """
+    L = check_int("L", L)
+    check_tensors(Lambda=(Lambda, "... n"), v=(v, "... n"))
+    _check_batch(Lambda=Lambda.shape[:-1], v=v.shape[:-1])
+    return _damp(Lambda, v, L)
+
+
+def _damp(Lambda: Tensor, v: Tensor, L: int) -> tuple[Tensor, Tensor]:
+    """Do the work of damp; nothing is examined."""
+    tau = math.tanh(0.5 / L)
+    factor = 1 / (1 - tau / 2 * Lambda)
+    return (Lambda - 2 * tau) * factor, v * factor
 
 
 def _checked(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -94,14 +128,6 @@ def _cauchy_naive(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return upper + lower
 
 
-def _features(a: Tensor, m: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return H and G, (h, n, M), of modes a, m (h, n) at nodes x, y (M,)."""
-    a, m, y2 = a[..., None], m[..., None], y * y
-    D = m * y2 - x * x
-    g = torch.addcmul(D * D, (2 * a) ** 2, (x * y) ** 2).reciprocal_()
-    return D.mul_(g), g.mul_(y2)
-
-
 def _weights(v: Tensor, Lambda: Tensor) -> Tensor:
     """Return the real weights (..., 2k, 2n) of the features."""
     Lambda = Lambda[..., None, :]  # (..., 1, n)
@@ -113,9 +139,59 @@ def _weights(v: Tensor, Lambda: Tensor) -> Tensor:
     return torch.cat((real, imag), -2)
 
 
+class _Scratch(dict):
+    """Memory for the tables of a piece, the same for every piece."""
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Return a tensor of a shape; what it holds is undefined."""
+        size = math.prod(shape)
+        if name not in self or self[name].numel() < size:
+            self[name] = like.new_empty(size)
+        return self[name][:size].view(shape)
+
+
+def _features(a: Tensor, m: Tensor, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """Write H and G of modes a, m (h, n) at nodes x, y (M,) to out."""
+    a, m, x2, y2 = a[..., None], m[..., None], x * x, y * y
+    D, g = out[:, 0], out[:, 1]  # each (h, n, M)
+    torch.addcmul(-x2, m, y2, out=D)
+    torch.mul(D, D, out=g)
+    g.addcmul_((2 * a) ** 2, x2 * y2).reciprocal_()
+    D.mul_(g)  # now H
+    g.mul_(y2)  # now G
+    return out.flatten(1, 2)  # (h, 2n, M)
+
+
+class _PairSums(torch.autograd.Function):
+    """S = W [H; G] for one piece: (h, 2k, 2n) and (h, 2n, M)."""
+
+    @staticmethod
+    def forward(ctx, W, a, m, x, y, scratch):
+        shape = *a.shape[:1], 2, *a.shape[1:], *x.shape
+        F = _features(a, m, x, y, scratch.take("features", W, *shape))
+        ctx.save_for_backward(W, a, x, y)
+        ctx.F, ctx.scratch = F, scratch
+        return W @ F
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dS):
+        W, a, x, y = ctx.saved_tensors
+        F, scratch = ctx.F, ctx.scratch
+        dW = dS @ F.mT
+        dF = scratch.take("gradients", W, *F.shape)
+        torch.bmm(W.mT, dS, out=dF)
+        (H, G), (dH, dG) = F.chunk(2, 1), dF.chunk(2, 1)
+        T = torch.mul(H, dH, out=scratch.take("T", W, *H.shape))
+        T.addcmul_(G, dG)
+        dm = dH.mul_(G).addcmul_(H.mul_(T), y * y, value=-2).sum(-1)
+        da = -8 * a * (T.mul_(G) @ (x * x))
+        return dW, da, dm, None, None, None
+
+
 def _tiles(h: int, n: int, M: int, cuda: bool) -> Iterator:
-    """Cut h channels and M nodes into pieces whose features stay in cache."""
-    limit = 2**24 if cuda else 2**17  # entries of one feature
+    """Cut h channels and M nodes into pieces of a bearable size."""
+    limit = 2**24 if cuda else 2**19  # entries of one feature
     width = min(M, max(1, limit // n))
     step = max(1, limit // (n * width))
     for i in range(0, h, step):
@@ -123,35 +199,34 @@ def _tiles(h: int, n: int, M: int, cuda: bool) -> Iterator:
             yield slice(i, i + step), slice(j, j + width)
 
 
-class _PairSums(torch.autograd.Function):
-    """S = W [H; G], with the features made piece by piece, twice."""
+class _InPieces(torch.autograd.Function):
+    """Evaluate function(W, a, m, x, y, scratch) -> (h, ..., M) in pieces."""
 
     @staticmethod
-    def forward(ctx, W, a, m, x, y):
+    def forward(ctx, function, W, a, m, x, y):
         ctx.save_for_backward(W, a, m, x, y)
-        (h, n), M = a.shape, len(x)
-        S = W.new_empty(h, W.shape[1], M)
-        for i, j in _tiles(h, n, M, W.is_cuda):
-            H, G = _features(a[i], m[i], x[j], y[j])
-            S[i, :, j] = torch.baddbmm(W[i, :, :n] @ H, W[i, :, n:], G)
-        return S
+        ctx.function, out, scratch = function, None, _Scratch()
+        for i, j in _tiles(*a.shape, len(x), a.is_cuda):
+            piece = function(W[i], a[i], m[i], x[j], y[j], scratch)
+            if out is None:
+                shape = len(a), *piece.shape[1:-1], len(x)
+                out = piece.new_empty(shape)
+            out[i, ..., j] = piece
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dS):
-        W, a, m, x, y = ctx.saved_tensors
-        (h, n), M = a.shape, len(x)
-        dW, da, dm = (torch.zeros_like(t) for t in (W, a, m))
-        for i, j in _tiles(h, n, M, W.is_cuda):
-            H, G = _features(a[i], m[i], x[j], y[j])
-            dSi = dS[i, :, j]
-            dW[i, :, :n] += dSi @ H.mT
-            dW[i, :, n:] += dSi @ G.mT
-            dH, dG = W[i, :, :n].mT @ dSi, W[i, :, n:].mT @ dSi
-            T = torch.addcmul(H * dH, G, dG)
-            dm[i] += (G * dH).sum(-1) - 2 * (H.mul_(T) @ (y[j] * y[j]))
-            da[i] -= 8 * a[i] * (G.mul_(T) @ (x[j] * x[j]))
-        return dW, da, dm, None, None
+    def backward(ctx, gradient):
+        *channels, x, y = ctx.saved_tensors
+        totals, scratch = [torch.zeros_like(t) for t in channels], _Scratch()
+        for i, j in _tiles(*channels[1].shape, len(x), x.is_cuda):
+            with torch.enable_grad():
+                part = [t[i].detach().requires_grad_() for t in channels]
+                piece = ctx.function(*part, x[j], y[j], scratch)
+            given = torch.autograd.grad(piece, part, gradient[i, ..., j])
+            for total, g in zip(totals, given):
+                total[i] += g
+        return None, *totals, None, None
 
 
 def cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -182,13 +257,16 @@ def _cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
     lead = W.ndim - 1 - Lambda.ndim  # axes in front that Lambda lacks
     Lambda = Lambda.expand(*W.shape[lead:-2], n).reshape(-1, n)  # (h, n)
     rows = W.reshape(-1, len(Lambda), 2 * k, 2 * n).transpose(0, 1)
-    S = _PairSums.apply(
-        rows.reshape(len(Lambda), -1, 2 * n),
-        Lambda.real,
-        Lambda.real**2 + Lambda.imag**2,
-        x,
-        y,
-    )
-    S = S.reshape(len(Lambda), -1, 2 * k, len(x)).transpose(0, 1)
-    S = S.reshape(*W.shape[:-1], len(x))  # (..., 2k, M)
-    return torch.complex(y * S[..., :k, :], x * S[..., k:, :])
+    a, m = Lambda.real, Lambda.real**2 + Lambda.imag**2
+    # each of the extra rows is a pair of halves, real above imaginary
+    rows = rows.unflatten(2, (2, k)).transpose(1, 2).flatten(2, 3)
+    rows = rows.reshape(len(Lambda), -1, 2 * n)
+    p = _InPieces.apply(_pair_sums, rows, a, m, x, y)
+    return p.unflatten(1, (-1, k)).transpose(0, 1).reshape(*W.shape[:-2], k, -1)
+
+
+def _pair_sums(W, a, m, x, y, scratch) -> Tensor:
+    """Return the complex sums (h, k, M) of one piece."""
+    S = _PairSums.apply(W, a, m, x, y, scratch)
+    real, imag = S.unflatten(1, (2, -1)).unbind(1)
+    return torch.complex(y * real, x * imag)

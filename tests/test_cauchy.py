@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.cauchy import cauchy, cauchy_naive, nodes
+from s4mini.cauchy import cauchy, cauchy_naive, damp, nodes
 from s4mini.generating import roots
 
 chapter = sys.modules["s4mini.cauchy"]  # s4mini.cauchy is the function
@@ -155,3 +155,36 @@ def test_bad_sums(function, error, name, arguments):
 def test_bad_nodes(error, name, arguments):
     with pytest.raises(error, match=f"^{name}: "):
         nodes(*arguments)
+
+
+@settings(deadline=None, max_examples=25)
+@given(n=st.integers(1, 6), L=st.integers(1, 60), seed=st.integers(0, 99), axis=st.booleans())
+def test_damped_modes_are_the_sums_on_the_smaller_circle(n, L, seed, axis):
+    v, Lambda = sums(k=1, n=n, seed=seed)
+    v = v[0]
+    if axis:  # undamped, and one mode at zero
+        Lambda = 1j * Lambda.imag
+        Lambda[0] = 0
+    moved, weight = damp(Lambda, v, L)
+    assert (moved.real < 0).all()
+    x, y = nodes(L)
+    z = math.exp(-1 / L) * roots(L)
+    direct = (v[:, None] / ((1 - z) - (1 + z) * Lambda[:, None] / 2)).sum(0)
+    phase = (1 + math.tanh(0.5 / L)) * torch.complex(y, x / 2)
+    through = phase * (weight[:, None] / (1j * x - y * moved[:, None])).sum(0)
+    assert (through - direct).abs().max() < 1e-11 * direct.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "arguments"),
+    [
+        (TypeError, "L", (M, V[0], 2.5)),
+        (ValueError, "L", (M, V[0], 0)),
+        (TypeError, "Lambda", (None, V[0], 8)),
+        (ValueError, "Lambda, v", (M.expand(3, 4), V[0].expand(2, 4), 8)),
+        (ValueError, "v", (M, V[0, :2], 8)),
+    ],
+)
+def test_bad_damping(error, name, arguments):
+    with pytest.raises(error, match=f"^{name}: "):
+        damp(*arguments)
