@@ -6,8 +6,11 @@ without a pole at the nodes, and in real numbers only.
 Tangled from book/cauchy.md.
 """
 
+import importlib.util
 import math
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from s4mini.checks import check_int, check_tensors
 from s4mini.generating import _check_batch
 
-__all__ = ["nodes", "damp", "cauchy_naive", "cauchy"]
+__all__ = ["nodes", "damp", "cauchy_naive", "cauchy", "keops_available"]
 
 
 def nodes(
@@ -229,6 +232,28 @@ class _InPieces(torch.autograd.Function):
         return None, *totals, None, None
 
 
+def _pair_sums(W, a, m, x, y, scratch) -> Tensor:
+    """Return the complex sums (h, e, k, M) of one piece."""
+    S = _PairSums.apply(W.flatten(1, 2), a, m, x, y, scratch)
+    real, imag = S.unflatten(1, (W.shape[1], 2, -1)).unbind(2)
+    return torch.complex(y * real, x * imag)
+
+
+def _by_pieces(
+    function: Callable, v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor
+) -> Tensor:
+    """Apply a function like _pair_sums; e sets of weights share a mode."""
+    k, n = v.shape[-2:]
+    batch = torch.broadcast_shapes(v.shape[:-2], Lambda.shape[:-1])
+    own = batch[len(batch) - Lambda.ndim + 1 :]  # axes of the modes
+    Lambda = Lambda.expand(*own, n).reshape(-1, n)  # (h, n)
+    v = v.expand(*batch, k, n).reshape(-1, len(Lambda), k, n).transpose(0, 1)
+    W = _weights(v, Lambda[:, None])  # (h, e, 2k, 2n)
+    a, m = Lambda.real, Lambda.real**2 + Lambda.imag**2
+    p = _InPieces.apply(function, W, a, m, x, y)  # (h, e, ..., M)
+    return p.transpose(0, 1).reshape(*batch, *p.shape[2:])
+
+
 def cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Sum v / (i x - y Lambda) over conjugate pairs, in real numbers.
 
@@ -252,21 +277,32 @@ def cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def _cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Do the work of cauchy; nothing is examined."""
+    return _by_pieces(_pair_sums, v, Lambda, x, y)
+
+
+def _cauchy_keops(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Do the work of cauchy_naive by KeOps, which stores no table."""
+    from pykeops.torch import LazyTensor
+
     k, n = v.shape[-2:]
-    W = _weights(v, Lambda)  # (..., 2k, 2n)
-    lead = W.ndim - 1 - Lambda.ndim  # axes in front that Lambda lacks
-    Lambda = Lambda.expand(*W.shape[lead:-2], n).reshape(-1, n)  # (h, n)
-    rows = W.reshape(-1, len(Lambda), 2 * k, 2 * n).transpose(0, 1)
-    a, m = Lambda.real, Lambda.real**2 + Lambda.imag**2
-    # each of the extra rows is a pair of halves, real above imaginary
-    rows = rows.unflatten(2, (2, k)).transpose(1, 2).flatten(2, 3)
-    rows = rows.reshape(len(Lambda), -1, 2 * n)
-    p = _InPieces.apply(_pair_sums, rows, a, m, x, y)
-    return p.unflatten(1, (-1, k)).transpose(0, 1).reshape(*W.shape[:-2], k, -1)
+    batch = torch.broadcast_shapes(v.shape[:-2], Lambda.shape[:-1])
+    modes = Lambda[..., None, :].expand(*batch, k, n).reshape(-1, 1, n, 1)
+    v = v.expand(*batch, k, n).reshape(modes.shape)
+    grid = x.to(v.dtype), y.to(v.dtype)
+    x, y = (t.expand(len(v), -1)[..., None, None].contiguous() for t in grid)
+    x, y = LazyTensor(1j * x), LazyTensor(y)
+    p = LazyTensor(v) / (x - y * LazyTensor(modes))
+    p += LazyTensor(v.conj_physical()) / (x - y * LazyTensor(modes.conj_physical()))
+    return p.sum(2).reshape(*batch, k, -1)  # (..., k, M)
 
 
-def _pair_sums(W, a, m, x, y, scratch) -> Tensor:
-    """Return the complex sums (h, k, M) of one piece."""
-    S = _PairSums.apply(W, a, m, x, y, scratch)
-    real, imag = S.unflatten(1, (2, -1)).unbind(1)
-    return torch.complex(y * real, x * imag)
+def keops_available() -> str:
+    """Return why KeOps cannot be used here, or an empty string.
+
+    Source: book/cauchy.md.
+    """
+    if importlib.util.find_spec("pykeops") is None:
+        return 'pykeops is not installed: pip install "s4mini[keops]"'
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
+        return "KeOps needs a C++ compiler, and none was found"
+    return ""

@@ -6,23 +6,40 @@ fractions, a small correction and one inverse Fourier transform.
 Tangled from book/kernel.md.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from s4mini.cauchy import _cauchy, _cauchy_naive, nodes
-from s4mini.checks import check_choice, check_int, check_positive, check_tensors
+from s4mini.cauchy import (
+    _by_pieces,
+    _cauchy_keops,
+    _cauchy_naive,
+    _damp,
+    _pair_sums,
+    keops_available,
+    nodes,
+)
+from s4mini.checks import check_int, check_positive, check_tensors
 from s4mini.generating import _check_batch, _power_row
 
-__all__ = ["dplr_difference", "dplr_kernel"]
+__all__ = ["dplr_difference", "backends", "dplr_kernel"]
 
 
-def _line_3(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _line_3(p: Tensor, x: Tensor, y: Tensor, tau: float) -> Tensor:
     """Return K_hat (..., M): take one column of P out at a time."""
-    while p.shape[-2] > 1:
-        corner = p[..., -1:, -1:, :]
-        column, row = p[..., :-1, -1:, :], p[..., -1:, :-1, :]
-        p = p[..., :-1, :-1, :] - y * column * row / (1 + y * corner)
-    return torch.complex(y, x / 2) * p[..., 0, 0, :]
+    Y = torch.complex(y, tau / 2 * x)
+    rows = [row.unbind(-2) for row in p.unbind(-3)]  # each entry (..., M)
+    while len(rows) > 1:
+        *rows, last = rows
+        pivot = Y / (1 + Y * last[-1])
+        rows = [
+            [p_ab - pivot * row[-1] * p_jb for p_ab, p_jb in zip(row[:-1], last)]
+            for row in rows
+        ]
+    return (1 + tau) * torch.complex(y, x / 2) * rows[0][0]
 
 
 def _blocks(z: Tensor) -> Tensor:
@@ -82,11 +99,12 @@ def _alike(dt: float | Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _line_1(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, L: int) -> Tensor:
-    """Return C~ = C (I - A_bar^L), of the same half spectrum."""
-    C = 2 * torch.cat((C.real, -C.imag), -1)  # real coordinates
-    C = -_power_row(_difference(Lambda, P, dt), C, L)
-    real, imag = C.tensor_split(2, -1)
-    return torch.complex(real, -imag) / 2
+    """Return C~ = C (I - A_bar^L / e), of the same half spectrum."""
+    weight = math.exp(-1)
+    row = 2 * torch.cat((C.real, -C.imag), -1)  # real coordinates
+    row = _power_row(_difference(Lambda, P, dt), row, L)  # C (A_bar^L - I)
+    real, imag = row.tensor_split(2, -1)
+    return (1 - weight) * C - weight / 2 * torch.complex(real, -imag)
 
 
 def _stack(vector: Tensor, P: Tensor) -> Tensor:
@@ -97,26 +115,96 @@ def _stack(vector: Tensor, P: Tensor) -> Tensor:
     return torch.cat(tuple(both), -2)
 
 
-def _line_2(
-    Lambda: Tensor,
-    P: Tensor,
-    B: Tensor,
-    C_tilde: Tensor,
-    dt: Tensor,
-    x: Tensor,
-    y: Tensor,
-    backend: str,
-) -> Tensor:
-    """Return the products p (..., 1 + r, 1 + r, M)."""
+def _products(
+    Lambda: Tensor, P: Tensor, B: Tensor, C_tilde: Tensor, dt: Tensor, L: int
+) -> tuple[Tensor, Tensor]:
+    """Return weights (..., (1 + r)^2, n) and modes (..., n) of line 2."""
     rows, columns = _stack(C_tilde, P.mH), _stack(B, P.mT)
+    modes, columns = _damp(
+        dt[..., None, None] * Lambda[..., None, :],
+        dt[..., None, None] * columns,
+        L,
+    )
     v = rows[..., :, None, :] * columns[..., None, :, :]
-    v = dt[..., None, None, None] * v  # (..., 1 + r, 1 + r, n)
-    p = _BACKENDS[backend](v.flatten(-3, -2), dt[..., None] * Lambda, x, y)
-    return p.unflatten(-2, v.shape[-3:-1])
+    return v.flatten(-3, -2), modes[..., 0, :]
 
 
-_BACKENDS = {"torch": _cauchy, "naive": _cauchy_naive}
-_BACKENDS["auto"] = _BACKENDS["torch"]
+def _piece(W, a, m, x, y, scratch, tau: float) -> Tensor:
+    """Return lines 2 and 3 of one piece, (h, e, M)."""
+    p = _pair_sums(W, a, m, x, y, scratch)
+    r = math.isqrt(p.shape[-2])  # 1 + rank
+    return _line_3(p.unflatten(-2, (r, r)), x, y, tau)
+
+
+def _by_torch(Lambda, P, B, C_tilde, dt, L) -> Tensor:
+    """Return K_hat (..., M) with real sums, in pieces."""
+    v, modes = _products(Lambda, P, B, C_tilde, dt, L)
+    function = partial(_piece, tau=math.tanh(0.5 / L))
+    return _by_pieces(function, v, modes, *nodes(L, dt.dtype, dt.device))
+
+
+def _in_complex(sums: Callable, Lambda, P, B, C_tilde, dt, L) -> Tensor:
+    """Return K_hat (..., M) with complex sums and one correction."""
+    v, modes = _products(Lambda, P, B, C_tilde, dt, L)
+    x, y = nodes(L, dt.dtype, dt.device)
+    p = sums(v, modes, x, y)
+    r = math.isqrt(p.shape[-2])
+    return _line_3(p.unflatten(-2, (r, r)), x, y, math.tanh(0.5 / L))
+
+
+def _by_triton(Lambda, P, B, C_tilde, dt, L) -> Tensor:
+    """Return K_hat (..., M) with the program of the chapter fused."""
+    from s4mini.fused import fused_spectrum
+
+    shapes = Lambda.shape[:-1], P.shape[:-2], B.shape[:-1]
+    batch = torch.broadcast_shapes(*shapes, C_tilde.shape[:-1], dt.shape)
+    n, r = P.shape[-2:]
+    vectors = (t.expand(*batch, n).reshape(-1, n) for t in (Lambda, B, C_tilde))
+    Lambda, B, C_tilde = vectors
+    P, dt = P.expand(*batch, n, r).reshape(-1, n, r), dt.expand(batch).reshape(-1)
+    K_hat = fused_spectrum(Lambda, P, B, C_tilde, dt, L)
+    return K_hat.reshape(*batch, -1)
+
+
+_BACKENDS = {
+    "torch": _by_torch,
+    "triton": _by_triton,
+    "keops": partial(_in_complex, _cauchy_keops),
+    "naive": partial(_in_complex, _cauchy_naive),
+}
+
+
+def backends() -> dict[str, str]:
+    """Return for each backend of the kernel why it cannot be used here.
+
+    Returns:
+        Names, with an empty string where nothing is in the way.
+
+    Source: book/kernel.md.
+    """
+    from s4mini.fused import triton_available
+
+    reasons = {"triton": triton_available(), "keops": keops_available()}
+    return {name: reasons.get(name, "") for name in _BACKENDS}
+
+
+def _choose(backend: str, cuda: bool) -> Callable:
+    """Return the backend of that name, or say which there are."""
+    if backend == "auto":
+        usable = cuda and not backends()["triton"]
+        return _BACKENDS["triton" if usable else "torch"]
+    if backend in ("torch", "naive"):
+        return _BACKENDS[backend]
+    reasons = backends()
+    if not isinstance(backend, str) or reasons.get(backend, "?"):
+        listed = ", ".join(
+            repr(name) + (f" (not here: {why})" if why else "")
+            for name, why in reasons.items()
+        )
+        raise ValueError(
+            f"backend: expected 'auto' or one of {listed}; got {backend!r}"
+        )
+    return _BACKENDS[backend]
 
 
 def dplr_kernel(
@@ -145,8 +233,9 @@ def dplr_kernel(
         C: (..., n) output vector, in output/state.
         dt: step of the bilinear rule, a number or (...), in time, > 0.
         L: length of the kernel, >= 1.
-        backend: how the sums are done: "torch" in real numbers, "naive" in
-            complex ones, "auto" the best there is.
+        backend: how lines 2 and 3 are done: "torch" in real numbers and in
+            pieces, "triton" on a graphics processor, "keops" as a compiled
+            formula, "naive" with complex tables, "auto" the best there is.
 
     Returns:
         K (..., L) real, K_l = 2 Re(C A_bar^l B_bar), in output/input. Batch
@@ -155,11 +244,11 @@ def dplr_kernel(
     Raises:
         TypeError: an argument is not a tensor of numbers, or L no integer.
         ValueError: shapes do not agree, an entry is not finite, a real part
-            of Lambda or L or dt is out of range, or the backend is unknown.
+            of Lambda or L or dt is out of range, or the backend is unknown
+            or cannot be used here.
 
     Source: Gu et al. 2022a, algorithm 1; book/kernel.md.
     """
-    check_choice("backend", backend, tuple(_BACKENDS))
     L = check_int("L", L)
     check_tensors(
         Lambda=(Lambda, "... n"),
@@ -172,9 +261,10 @@ def dplr_kernel(
             "Lambda: expected real parts <= 0, got "
             f"{Lambda.real.max().item():.3g}: the system is unstable"
         )
+    spectrum = _choose(backend, Lambda.is_cuda)
     dt, Lambda, P, B, C = _alike(dt, Lambda=Lambda, P=P, B=B, C=C)
     with torch.autocast(Lambda.device.type, enabled=False):
-        return _dplr_kernel(Lambda, P, B, C, dt, L, backend)
+        return _dplr_kernel(Lambda, P, B, C, dt, L, spectrum)
 
 
 def _dplr_kernel(
@@ -184,11 +274,10 @@ def _dplr_kernel(
     C: Tensor,
     dt: Tensor,
     L: int,
-    backend: str,
+    spectrum: Callable = _by_torch,
 ) -> Tensor:
     """Do the work of dplr_kernel; nothing is examined."""
-    x, y = nodes(L, dt.dtype, dt.device)
     C_tilde = _line_1(Lambda, P, C, dt, L)
-    p = _line_2(Lambda, P, B, C_tilde, dt, x, y, backend)
-    K_hat = _line_3(p, x, y)
-    return torch.fft.irfft(K_hat, n=L)
+    K_hat = spectrum(Lambda, P, B, C_tilde, dt, L)
+    growth = torch.arange(L, device=dt.device, dtype=torch.float64) / L
+    return torch.fft.irfft(K_hat, n=L) * growth.exp().to(dt.dtype)
