@@ -368,9 +368,10 @@ def _title(name: str, folder: str | Path | None) -> str:
         return _TITLES[name]
     remark = "not the official files: a recompressed or reordered copy"
     if name == "speech":
-        remark = "not the recordings of release 1.0.10 that the book uses"
+        remark = "not the recordings that the book was made with"
     if name in _MADE:
-        remark = "made by s4mini, to the rules of Long Range Arena"
+        how = {"listops": "to the rule of", "pathfinder": "after that of"}
+        remark = f"made by s4mini, {how[name]} Long Range Arena"
     return f"{_TITLES[name]} ({remark})"
 
 
@@ -640,7 +641,8 @@ def _check_options(name: str, options: _Options) -> None:
         raise ValueError(f"seed: expected less than 2**32, got {options.seed}")
     check_int("workers", options.workers)
     for f in fields(options):
-        if getattr(options, f.name) != f.default and name not in _APPLY[f.name]:
+        given = getattr(options, f.name) != f.default
+        if given and name not in _APPLY[f.name]:
             raise ValueError(
                 f"{f.name}: an option of {', '.join(_APPLY[f.name])}; {name!r} has none"
             )
@@ -763,8 +765,7 @@ def read_wav(path: str | Path) -> np.ndarray:
     path = Path(path)
     try:
         with wave.open(io.BytesIO(_read(path))) as file:
-            kind = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            n = file.getnframes()
+            kind, n = file.getparams()[:3], file.getnframes()
             content = file.readframes(n)
     except (wave.Error, EOFError) as error:
         raise ValueError(
@@ -918,9 +919,9 @@ class WindowData(SequenceData):
         return self.starts
 
     def _batch(self, split: str, index: Tensor) -> Batch:
-        at = torch.arange(self.length + self.horizon, device=self.values.device)
-        at = self.starts[split][index][:, None] + at  # (B, L + horizon)
-        window = self.values[at]
+        first = self.starts[split][index][:, None]
+        steps = torch.arange(self.length + self.horizon, device=first.device)
+        window = self.values[first + steps]  # (B, L + horizon, channels)
         return Batch(window[:, : self.length], window[:, self.length :])
 
 
@@ -1037,7 +1038,10 @@ def _expression(
 
 
 def draw_listops(
-    rng: random.Random, length: int = 2000, depth: int = 10, arguments: int = 10
+    rng: random.Random,
+    length: int = 2000,
+    depth: int = 10,
+    arguments: int = 10,
 ) -> list[int]:
     """Draw an expression of more than length/4 symbols, but fewer than length.
 
@@ -1097,7 +1101,8 @@ def _made(name: str, draw: Callable, options: _Options) -> dict[str, list]:
         examples = iter(make(keys))
     else:
         parts = [keys[i : i + 250] for i in range(0, len(keys), 250)]
-        with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(options.workers, context) as pool:
             done = list(pool.map(make, parts))
         examples = (example for part in done for example in part)
     return {s: [next(examples) for _ in range(n)] for s, n in counts.items()}
@@ -1145,8 +1150,9 @@ def _load_listops(
     made = _made(name, partial(_listops_example, L), options)
     symbols, lengths, labels = {}, {}, {}
     for split, examples in made.items():
-        padded = b"".join(s.ljust(L, bytes([len(LISTOPS)])) for s, _ in examples)
-        array = np.frombuffer(padded, np.uint8).reshape(len(examples), L)
+        end = bytes([len(LISTOPS)])
+        padded = b"".join(s.ljust(L, end) for s, _ in examples)
+        array = np.frombuffer(padded, np.uint8).reshape(-1, L)
         symbols[split] = torch.from_numpy(array.copy())
         lengths[split] = torch.tensor([len(s) for s, _ in examples])
         labels[split] = torch.tensor([value for _, value in examples])
@@ -1168,6 +1174,7 @@ _LOADERS["listops"] = _load_listops
 
 _SIDE = 32  # pixels
 _ROOM = 3.0  # pixels between curves
+_DOT = 1.7  # pixels more around a place for a dot
 _DASH, _STEP = 1.5, 2.8  # pixels: a dash, and from one to the next
 _PIXELS = np.add.outer((0.5 + np.arange(_SIDE)) * 1j, 0.5 + np.arange(_SIDE)).reshape(
     -1, 1
@@ -1207,6 +1214,11 @@ def _place(
     return z[0] if len(z) else None
 
 
+def _near(distance: np.ndarray, dots: Sequence[complex]) -> np.ndarray:
+    """Return the distance to curves, or to places for dots, if that is less."""
+    return np.minimum(distance, abs(_PIXELS - dots).min(axis=1) - _DOT)
+
+
 def _two_curves(
     rng: np.random.RandomState,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1216,15 +1228,17 @@ def _two_curves(
         a = _place(rng, 9, np.full(_SIDE**2, np.inf))
         if a is None:
             continue
-        taken = _distance(a)
-        around = np.exp(2j * np.pi * rng.rand(64))
-        b = _place(rng, 9, taken, a[0] + abs(a[-1] - a[0]) * around)
-    taken = np.minimum(taken, _distance(b))
+        distance, dots = _distance(a), a[[0, -1]]
+        around = a[0] + abs(a[-1] - a[0]) * np.exp(2j * np.pi * rng.rand(64))
+        b = _place(rng, 9, _near(distance, dots), around)
+        if b is not None and abs(b[0] - a).min() < _ROOM + _DOT:
+            b = None
+    distance, dots = np.minimum(distance, _distance(b)), [*dots, b[0]]
     for _ in range(6):
-        other = _place(rng, 4, taken)
+        other = _place(rng, 4, _near(distance, dots))
         if other is not None:
-            taken = np.minimum(taken, _distance(other))
-    return a, b, taken
+            distance = np.minimum(distance, _distance(other))
+    return a, b, distance
 
 
 def draw_pathfinder(rng: np.random.RandomState) -> tuple[np.ndarray, int]:

@@ -445,8 +445,8 @@ def test_made_data_depend_on_the_seed_only(name, options):
 
 
 def test_made_data_do_not_depend_on_the_number_of_workers():
-    options = {"examples": 600, "length": 40, "seed": 5}
-    same(data.load("listops", **options), data.load("listops", **options, workers=3))
+    options = {"examples": 500, "length": 40, "seed": 5}
+    same(data.load("listops", **options), data.load("listops", **options, workers=2))
 
 
 def test_curves_and_dots_are_what_the_label_says():
@@ -461,7 +461,7 @@ def test_curves_and_dots_are_what_the_label_says():
             touched = [set(parts[dots == k].tolist()) for k in (1, 2)]
             agree += (touched[0] == touched[1]) == bool(label)
         labels.append(label)
-    assert agree >= 140  # dots and dashes touch now and then, at 32 x 32 pixels
+    assert agree >= 148  # at 32 x 32 pixels two curves may touch now and then
     assert 50 < sum(labels) < 100
 
 
