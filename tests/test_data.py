@@ -666,10 +666,17 @@ def test_download_gives_what_load_reads(published, folder, tmp_path, name):
     data.download(name, target, progress=False)  # there already: no request is made
 
 
-@pytest.mark.parametrize("name", FETCHED)
-def test_what_arrives_damaged_leaves_nothing(published, tmp_path, name):
+LOST = [(name, 40) for name in FETCHED] + [("speech", n) for n in (1, 5, 9, 2000)]
+
+
+@pytest.mark.parametrize("name, lost", LOST)
+def test_what_arrives_damaged_leaves_nothing(published, tmp_path, name, lost):
     for file in published.iterdir():
-        file.write_bytes(file.read_bytes()[:-40] + b"!" * 40)
+        content = file.read_bytes()
+        if len(content) > lost:
+            file.write_bytes(content[:-lost] + (b"" if lost == 2000 else b"!" * lost))
+        else:
+            file.write_bytes(b"")
     target = tmp_path / "new"
     with pytest.raises(ValueError, match=r"expected checksum|broken archive") as caught:
         data.download(name, target, progress=False)
