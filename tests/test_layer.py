@@ -1,16 +1,25 @@
 """The layer: one output in every mode, lengths, directions, rates, and wrong calls."""
 
 import copy
+import io
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s4mini.convolve import krylov_kernel
+from s4mini.discretize import discretize
+from s4mini.hippo import hippo
 from s4mini.layer import S4Layer, mask_padding, two_sided_conv
 from s4mini.memory import init_dt
+from s4mini.nplr import half_spectrum, nplr, real_form
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+LOW_RANK = ("legs", "legt", "lagt", "fout", "random")
+DIAGONAL = ("diag-legs", "diag-lin", "diag-inv", "diag-real")
+MEASURES = LOW_RANK + DIAGONAL
 
 
 def make(H=4, N=8, dtype=torch.float64, seed=0, **options):
@@ -35,6 +44,14 @@ def stepwise(layer, u, state=None, rate=1.0):
     return torch.stack(y, 1), state
 
 
+def in_chunks(layer, u, sizes, state=None):
+    state, y = layer.initial_state(len(u)) if state is None else state, []
+    for part in u.split(sizes, 1):
+        y_part, state = layer(part, state)
+        y.append(y_part)
+    return torch.cat(y, 1), state
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("N", [2, 8, 64])
 @pytest.mark.parametrize("L", [1, 2, 31, 200])
@@ -49,16 +66,65 @@ def test_convolution_is_recurrence(dtype, N, L):
     assert relative(x, x_steps) < TOLERANCE[dtype]
 
 
-@settings(deadline=None, max_examples=15)
-@given(chunks=st.lists(st.integers(1, 40), min_size=1, max_size=5))
-def test_chunks(chunks):
-    layer, u = make(), signal(2, sum(chunks), 4)
-    state, parts = layer.initial_state(2), []
-    for part in u.split(chunks, 1):
-        y, state = layer(part, state)
-        parts.append(y)
-    assert relative(torch.cat(parts, 1), layer(u)[0]) < 1e-10
-    assert relative(state, layer(u, layer.initial_state(2))[1]) < 1e-10
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("N", [2, 32])
+def test_every_measure(dtype, measure, N):
+    """One output and one state in all modes, from a state that is not zero."""
+    layer = make(3, N, dtype, measure=measure)
+    u = signal(2, 67, 3, dtype=dtype)
+    _, start = layer(signal(2, 40, 3, dtype=dtype, seed=9), layer.initial_state(2))
+    y, x = layer(u, start)
+    for y_other, x_other in (stepwise(layer, u, start), in_chunks(layer, u, [1, 32, 34], start)):
+        assert relative(y_other, y) < TOLERANCE[dtype]
+        assert relative(x_other, x) < TOLERANCE[dtype]
+
+
+@st.composite
+def cases(draw):
+    """Return settings of a layer, chunk sizes (odd, even, one) and a batch size."""
+    measure = draw(st.sampled_from(MEASURES))
+    method = draw(st.sampled_from([None, "bilinear"] + ["zoh"] * (measure in DIAGONAL)))
+    dts = sorted(draw(st.floats(1e-4, 0.5)) for _ in range(2))
+    chosen = {
+        "H": draw(st.integers(1, 4)),
+        "N": 2 * draw(st.integers(1, 9)),
+        "seed": draw(st.integers(0, 99)),
+        "measure": measure,
+        "method": method,
+        "tied": draw(st.booleans()),
+        "dt_min": dts[0],
+        "dt_max": dts[1],
+    }
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    return chosen, sizes, draw(st.integers(1, 3)), draw(st.sampled_from([0.5, 1.0, 3.0]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(case=cases(), trained=st.booleans(), dtype=st.sampled_from(list(TOLERANCE)))
+def test_all_modes_agree(case, trained, dtype):
+    """For any settings, lengths and chunks, before and after training, values and states."""
+    chosen, sizes, batch, rate = case
+    layer = make(dtype=dtype, **chosen)
+    if trained:
+        train(layer, 3)
+    u = signal(batch, sum(sizes), layer.d_model, dtype=dtype)
+    with torch.no_grad():
+        y, _ = layer(u, rate=rate)
+        state, parts = layer.initial_state(batch), []
+        for part in u.split(sizes, 1):
+            y_part, state = layer(part, state, rate=rate)
+            parts.append(y_part)
+        y_steps, x_steps = stepwise(layer, u, rate=rate)
+        step, x_fast, fast = layer.stepper(rate), layer.initial_state(batch), []
+        for u_k in u.unbind(1):
+            y_k, x_fast = step(u_k, x_fast)
+            fast.append(y_k)
+    assert relative(torch.cat(parts, 1), y) < TOLERANCE[dtype]
+    assert relative(y_steps, y) < TOLERANCE[dtype]
+    assert relative(torch.stack(fast, 1), y) < TOLERANCE[dtype]
+    assert relative(state, x_steps) < TOLERANCE[dtype]
+    assert relative(x_fast, x_steps) < TOLERANCE[dtype]
 
 
 def gradients(layer, loss):
@@ -67,9 +133,11 @@ def gradients(layer, loss):
     return [p.grad.clone() for p in layer.parameters()]
 
 
-def test_gradients_agree():
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_agree(measure, tied):
     """Through convolution, steps and chunks, for every parameter."""
-    layer, u = make(), signal(2, 21, 4)
+    layer, u = make(measure=measure, tied=tied), signal(2, 21, 4)
     first = gradients(layer, layer(u)[0].square().sum())
     steps = gradients(layer, stepwise(layer, u)[0].square().sum())
     a, state = layer(u[:, :8], layer.initial_state(2))
@@ -80,7 +148,8 @@ def test_gradients_agree():
 
 
 def train(layer, steps=5):
-    u, target = signal(2, 20, 4), signal(2, 20, 4, seed=2)
+    shape, dtype = (2, 20, layer.d_model), layer.D.dtype
+    u, target = signal(*shape, dtype=dtype), signal(*shape, dtype=dtype, seed=2)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -88,33 +157,153 @@ def train(layer, steps=5):
         optimizer.step()
 
 
+@pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_after_training_and_reload(bidirectional):
+def test_after_training_and_reload(bidirectional, measure):
     """Still one output, on longer inputs too, and the same after a round trip."""
-    layer = make(bidirectional=bidirectional)
+    layer = make(bidirectional=bidirectional, measure=measure)
     train(layer)
     u = signal(2, 150, 4)
     if not bidirectional:
         assert relative(layer(u)[0], stepwise(layer, u)[0]) < 1e-10
     state_dict = layer.state_dict()
     assert all(not v.is_complex() for v in state_dict.values())
-    other = make(seed=5, bidirectional=bidirectional)
+    other = make(seed=5, bidirectional=bidirectional, measure=measure)
     other.load_state_dict(state_dict)
     assert torch.equal(other(u)[0], layer(u)[0])
 
 
-def test_always_stable():
+@pytest.mark.parametrize("measure", MEASURES)
+def test_always_stable(measure):
     """Random parameters, however large, give eigenvalues in the left half plane."""
-    from s4mini.nplr import real_form
-
-    layer = make(H=16, N=8)
+    layer = make(H=16, N=8, measure=measure)
+    before = layer.system()[0]
+    assert before.real.max() < 0
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in layer.parameters():
             p.copy_(3 * torch.randn(p.shape, generator=g, dtype=p.dtype))
     Lambda, P, B, C, _ = layer.system()
+    P = torch.zeros_like(B)[..., None] if P is None else P
     A, _, _ = real_form(Lambda, P, B, C)
     assert torch.linalg.eigvals(A).real.max() < 0
+
+
+@pytest.mark.parametrize("measure", ["legs", "legt", "lagt", "fout"])
+@pytest.mark.parametrize("N", [4, 32])
+def test_begins_as_its_measure(measure, N):
+    """The first kernel is that of the HiPPO matrix, up to the stated decay."""
+    layer = make(2, N, measure=measure, dt_min=0.05, dt_max=0.05)
+    modes, (A, B) = half_spectrum(nplr(measure, N)), hippo(measure, N)
+    reads = signal(2, N)
+    with torch.no_grad():
+        layer.C.copy_(torch.view_as_real(reads.to(modes.V) @ modes.V))
+    K, dt = layer.kernel(300).detach(), layer.log_dt.exp()[0].item()
+    for k, c in zip(K, reads, strict=True):
+        exact = krylov_kernel(*discretize(A, B, dt), c, 300)
+        # the kernel carries exp(-1e-5 t), and the parameters were single precision once
+        bound = 1e-5 * (1 + 300 * dt if measure != "legs" else 1)
+        assert relative(k, exact) < bound
+
+
+def test_shapes_tied_and_untied():
+    for measure, r in (("legs", 1), ("legt", 2), ("random", 1), ("diag-inv", None)):
+        for tied in (False, True):
+            layer = make(5, 8, measure=measure, tied=tied)
+            rows = 1 if tied else 5
+            assert layer.log_decay.shape == layer.frequency.shape == (rows, 4)
+            assert layer.B.shape == (rows, 4, 2) and layer.C.shape == (5, 4, 2)
+            assert layer.P is None if r is None else layer.P.shape == (rows, 4, r, 2)
+            assert [v.shape[0] for v in layer.system() if v is not None] == [5] * (
+                4 + (r is not None)
+            )
+            assert measure in repr(layer) and ("tied" in repr(layer)) == tied
+    assert make(measure="diag-lin").method == "zoh" and make().method == "bilinear"
+    one, two = (make(measure="diag-lin", method=m).kernel(9) for m in ("zoh", "bilinear"))
+    assert relative(one, two) > 1e-4
+
+
+def test_tied_channels_are_one_system():
+    """With one C and dt, tied channels give one output; training keeps them tied."""
+    layer = make(tied=True, dt_min=0.1, dt_max=0.1)
+    with torch.no_grad():
+        layer.C.copy_(layer.C[:1].expand_as(layer.C))
+    K = layer.kernel(30)
+    assert (K - K[:1]).abs().max() < 1e-15
+    train(layer)
+    Lambda, P, B, _, _ = layer.system()
+    assert all((v == v[:1]).all() for v in (Lambda, P, B))
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_stepper_is_frozen_and_needs_no_gradient(measure):
+    layer, u = make(measure=measure), signal(2, 4)
+    step, state = layer.stepper(), signal(2, 4, 4) + 0j
+    before = step(u, state)
+    assert not any(v.requires_grad for v in before) and not list(step.parameters())
+    train(layer, 1)
+    after = step(u, state)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert relative(layer.step(u, state)[0], before[0]) > 1e-6
+    again = make(measure=measure, seed=7).stepper()
+    again.load_state_dict(step.state_dict())
+    assert torch.equal(again(u, state)[0], before[0])
+
+
+@pytest.mark.parametrize("measure", ["legt", "diag-legs"])
+def test_stepper_exports(measure):
+    """torch.export, saved, loaded, and run with other numbers of examples."""
+    layer = make(measure=measure, dtype=torch.float32)
+    step, u = layer.stepper(), signal(3, 4, dtype=torch.float32)
+    state, batch, file = layer.initial_state(3), torch.export.Dim("batch", min=1), io.BytesIO()
+    program = torch.export.export(step, (u, state), dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for _ in range(3):
+        for found, expected in zip(loaded(u, state), step(u, state), strict=True):
+            assert torch.allclose(found, expected, atol=1e-6)
+        _, state = step(u, state)
+    assert torch.allclose(loaded(u[:1], state[:1])[0], step(u[:1], state[:1])[0], atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(step, (u, state))
+        assert torch.allclose(traced(u[:1], state[:1])[0], step(u[:1], state[:1])[0], atol=1e-6)
+
+
+class Around(torch.nn.Module):
+    """A layer with something to compile on both sides."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.before, self.layer, self.after = torch.nn.Linear(4, 4), layer, torch.nn.Linear(4, 4)
+
+    def forward(self, u):
+        return self.after(torch.nn.functional.gelu(self.layer(self.before(u))[0]))
+
+
+@pytest.mark.parametrize("measure", ["legs", "diag-lin"])
+def test_compiled(measure):
+    """torch.compile leaves the layer whole: one break, and the same values and gradients."""
+    torch._dynamo.reset()
+    layer, u = make(measure=measure, dtype=torch.float32), signal(2, 30, 4, dtype=torch.float32)
+    network = Around(layer)
+    y = network(u)
+    first = gradients(network, y.sum())
+    graphs = []
+
+    def collect(graph, _):
+        graphs.append(graph)
+        return graph
+
+    z = torch.compile(network, backend=collect)(u)
+    assert torch.allclose(z, y, atol=1e-6) and len(graphs) == 2
+    for a, b in zip(gradients(network, z.sum()), first, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    step, state = layer.stepper(), layer.initial_state(2)
+    whole = torch.compile(step, backend="eager", fullgraph=True)
+    assert torch.allclose(whole(u[:, 0], state)[0], step(u[:, 0], state)[0])
+    torch._dynamo.reset()
 
 
 def test_never_mutates():
@@ -198,6 +387,13 @@ BAD_LAYER = [
     (ValueError, "dt_min", {"dt_min": 0.0}),
     (ValueError, "dt_max", {"dt_min": 0.2, "dt_max": 0.1}),
     (TypeError, "dt_max", {"dt_max": "0.1"}),
+    (ValueError, "measure", {"measure": "diag-fout"}),
+    (ValueError, "method", {"method": "zoh"}),
+    (ValueError, "method", {"method": "zoh", "measure": "random"}),
+    (ValueError, "method", {"method": "euler", "measure": "diag-lin"}),
+    (ValueError, "tied", {"tied": "yes"}),
+    (ValueError, "backend", {"backend": "fast"}),
+    (ValueError, "backend", {"backend": "naive", "measure": "diag-lin"}),
 ]
 
 
@@ -256,10 +452,27 @@ def test_bad_step():
         lambda: both.step(U[:, 0], STATE),
         lambda: both(U, STATE),
         lambda: both.initial_state(2),
+        lambda: both.stepper(),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"^bidirectional"):
             call()
+
+
+def test_bad_stepper():
+    step = make().stepper()
+    for u, state in (
+        (U[:, 0], STATE[:1]),
+        (U, STATE),
+        (U[:, 0], STATE[..., :3]),
+        (U[:, 0, :3], STATE),
+    ):
+        with pytest.raises(ValueError, match=r"^u, state: expected shapes"):
+            step(u, state)
+    with pytest.raises(TypeError, match=r"^u: expected torch.float64"):
+        step(U[:, 0].float(), STATE)
+    with pytest.raises(ValueError, match=r"^rate"):
+        make().stepper(rate=0.0)
 
 
 def test_bad_helpers():
@@ -280,5 +493,7 @@ def test_flags_and_rates_are_not_guessed():
         S4Layer(4, 8, bidirectional="no")
     with pytest.raises(TypeError, match="rate: expected a number > 0, got a Tensor"):
         S4Layer(4, 8)(torch.zeros(1, 3, 4), rate=torch.tensor(1.0))
-    with pytest.raises(ValueError, match="measure: expected one of 'legs'; got 'legt'"):
-        S4Layer(4, 8, measure="legt")
+    with pytest.raises(
+        ValueError, match=r"measure: expected one of 'legs', 'legt', .*; got 'legz'"
+    ):
+        S4Layer(4, 8, measure="legz")
