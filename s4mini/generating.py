@@ -117,7 +117,7 @@ def truncated_C(E: Tensor, C: Tensor, L: int, weight: float = 1.0) -> Tensor:
 
 
 def _doublings(E: Tensor, C: Tensor, L: int) -> tuple[Tensor, list]:
-    """Return d_L (h, 1, N), and each E with the rows that met it."""
+    """Return d_L (h, e, N), and each E with the rows that met it."""
     d, levels = torch.zeros_like(C), []
     while True:
         rows = []
@@ -132,7 +132,7 @@ def _doublings(E: Tensor, C: Tensor, L: int) -> tuple[Tensor, list]:
 
 
 def _undo(levels: list, dd: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a derivative by d_L back to E (h, N, N) and C (h, 1, N)."""
+    """Take a derivative by d_L back to E (h, N, N) and C (h, e, N)."""
     dE, start = None, dd
     for E, rows in reversed(levels):
         after = []
@@ -149,40 +149,27 @@ def _undo(levels: list, dd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _PowerRow(torch.autograd.Function):
-    """d_L = C (A_bar^L - I) of (h, N, N) and (h, N), in pieces."""
+    """d_L = C (A_bar^L - I), of E (h, N, N) and e rows C (h, e, N)."""
 
     @staticmethod
     def forward(ctx, E, C, L):
-        ctx.save_for_backward(E, C)
-        ctx.L = L
-        parts = zip(_pieces(E), _pieces(C))
-        return torch.cat([_doublings(e, c[:, None], L)[0][:, 0] for e, c in parts])
+        d, ctx.levels = _doublings(E, C, L)
+        return d
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dd):
-        E, C = ctx.saved_tensors
-        dE, dC = torch.empty_like(E), torch.empty_like(C)
-        for e, c, d, to_E, to_C in zip(*map(_pieces, (E, C, dd, dE, dC))):
-            _, levels = _doublings(e, c[:, None], ctx.L)
-            matrix, row = _undo(levels, d[:, None])
-            to_E.copy_(matrix)
-            to_C.copy_(row[:, 0])
-        return dE, dC, None
-
-
-def _pieces(t: Tensor) -> Sequence[Tensor]:
-    """Cut (h, ...) into pieces of a size that suits the device."""
-    return t.split(4096 if t.is_cuda else 64)
+        return *_undo(ctx.levels, dd), None
 
 
 def _power_row(E: Tensor, C: Tensor, L: int) -> Tensor:
     """Return C (A_bar^L - I) (..., N); batch axes are broadcast."""
-    batch = torch.broadcast_shapes(E.shape[:-2], C.shape[:-1])
     N = C.shape[-1]
-    matrices = E.expand(*batch, N, N).reshape(-1, N, N)
-    rows = C.expand(*batch, N).reshape(-1, N)
-    return _PowerRow.apply(matrices, rows, L).reshape(*batch, N)
+    batch = torch.broadcast_shapes(E.shape[:-2], C.shape[:-1])
+    own = batch[len(batch) - E.ndim + 2 :]  # axes of the matrices
+    E = E.expand(*own, N, N).reshape(-1, N, N)  # (h, N, N)
+    C = C.expand(*batch, N).reshape(-1, len(E), N).transpose(0, 1)
+    return _PowerRow.apply(E, C, L).transpose(0, 1).reshape(*batch, N)
 
 
 def _check_batch(**shapes: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from s4mini.cauchy import (
     _by_pieces,
@@ -23,7 +24,7 @@ from s4mini.cauchy import (
     nodes,
 )
 from s4mini.checks import check_int, check_positive, check_tensors
-from s4mini.generating import _check_batch, _power_row
+from s4mini.generating import _check_batch, _PowerRow
 
 __all__ = ["dplr_difference", "backends", "dplr_kernel"]
 
@@ -74,6 +75,11 @@ def dplr_difference(Lambda: Tensor, P: Tensor, dt: float | Tensor) -> Tensor:
 
 def _difference(Lambda: Tensor, P: Tensor, dt: Tensor) -> Tensor:
     """Do the work of dplr_difference; nothing is examined."""
+    return _difference_and_sum(Lambda, P, dt)[0]
+
+
+def _difference_and_sum(Lambda: Tensor, P: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A_bar - I and A_bar + I, (..., 2n, 2n)."""
     z = dt[..., None] * Lambda
     R = 1 / (1 - z / 2)  # (..., n)
     dt = dt[..., None, None]
@@ -82,7 +88,8 @@ def _difference(Lambda: Tensor, P: Tensor, dt: Tensor) -> Tensor:
     small = small + torch.eye(P.shape[-1], dtype=dt.dtype, device=dt.device)
     left = torch.cat((left.real, left.imag), -2)  # (..., 2n, r)
     right = torch.cat((right.real, right.imag), -2)
-    return _blocks(z * R) - 2 * dt * (left @ torch.linalg.solve(small, right.mT))
+    low_rank = 2 * dt * (left @ torch.linalg.solve(small, right.mT))
+    return _blocks(z * R) - low_rank, _blocks(2 * R) - low_rank
 
 
 def _alike(dt: float | Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
@@ -98,13 +105,41 @@ def _alike(dt: float | Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
     return dt, *(value.to(kind) for value in tensors.values())
 
 
+def _cut(Lambda: Tensor, P: Tensor, dt: Tensor, C: Tensor, L: int) -> Tensor:
+    """Return C (I - A_bar^L / e), of modes (h, n) and rows C (h, e, n)."""
+    E, F = _difference_and_sum(Lambda, P, dt)
+    row = 2 * torch.cat((C.real, -C.imag), -1)  # real coordinates
+    d = row @ E if L % 2 else torch.zeros_like(row)
+    if L > 1:
+        d = d + _PowerRow.apply(E @ F, row + d, L // 2)
+    real, imag = d.tensor_split(2, -1)  # of C (A_bar^L - I)
+    weight = math.exp(-1)
+    return (1 - weight) * C - weight / 2 * torch.complex(real, -imag)
+
+
 def _line_1(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, L: int) -> Tensor:
     """Return C~ = C (I - A_bar^L / e), of the same half spectrum."""
-    weight = math.exp(-1)
-    row = 2 * torch.cat((C.real, -C.imag), -1)  # real coordinates
-    row = _power_row(_difference(Lambda, P, dt), row, L)  # C (A_bar^L - I)
-    real, imag = row.tensor_split(2, -1)
-    return (1 - weight) * C - weight / 2 * torch.complex(real, -imag)
+    n, r = P.shape[-2:]
+    shapes = Lambda.shape[:-1], P.shape[:-2], dt.shape
+    batch = torch.broadcast_shapes(*shapes, C.shape[:-1])
+    own = batch[len(batch) - max(map(len, shapes)) :]  # axes of the matrices
+    system = (
+        Lambda.expand(*own, n).reshape(-1, n),
+        P.expand(*own, n, r).reshape(-1, n, r),
+        dt.expand(own).reshape(-1),
+    )
+    C = C.expand(*batch, n).reshape(-1, len(system[0]), n).transpose(0, 1)
+    size = max(1, (2**24 if C.is_cuda else 2**18) // (2 * n) ** 2)
+    parts = zip(*(t.split(size) for t in (*system, C)))
+    pieces = [_repeatable(_cut, *part, L) for part in parts]
+    return torch.cat(pieces).transpose(0, 1).reshape(*batch, n)
+
+
+def _repeatable(function: Callable, *arguments) -> Tensor:
+    """Call a function, and again in the backward pass."""
+    return checkpoint(
+        function, *arguments, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 def _stack(vector: Tensor, P: Tensor) -> Tensor:

@@ -1,17 +1,21 @@
 """The kernel of a diagonal plus low-rank system."""
 
 import math
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s4mini.cauchy import keops_available
 from s4mini.convolve import krylov_kernel
 from s4mini.discretize import discretize
 from s4mini.hippo import hippo
-from s4mini.kernel import dplr_difference, dplr_kernel
+from s4mini.kernel import backends, dplr_difference, dplr_kernel
 from s4mini.nplr import half_spectrum, nplr, real_form
+
+kernel = sys.modules["s4mini.kernel"]  # the module, whatever the package calls so
 
 
 def random_system(*batch, n=4, r=1, seed=0):
@@ -199,7 +203,7 @@ def test_bad_calls(kind, name, change):
 
 
 def test_an_unknown_backend_is_told_the_known_ones():
-    with pytest.raises(ValueError, match="'torch', 'naive', 'auto'"):
+    with pytest.raises(ValueError, match=r"'auto' or one of 'torch', 'triton'.*'keops'.*'naive'"):
         dplr_kernel(**GOOD, backend="cuda")
 
 
@@ -217,3 +221,120 @@ def test_an_unstable_system_is_refused():
     half = half_spectrum(nplr("legs", 8))
     with pytest.raises(ValueError, match=r"Lambda: expected real parts <= 0, got 0\.5"):
         dplr_kernel(-half.Lambda, half.P, half.B, half.B, 0.1, 8)
+
+
+MEASURES = ("legs", "legt", "lagt", "fout")
+
+
+def states(A, B, dt, L):
+    """Return A_bar^l B_bar for l < L, by doubling."""
+    A_bar, B_bar = discretize(A, B, dt)
+    X, E = B_bar[:, None], A_bar - torch.eye(len(B), dtype=A.dtype)
+    while X.shape[1] < L:
+        X, E = torch.cat((X, X + E @ X), 1), 2 * E + E @ E
+    return X[:, :L]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    measure=st.sampled_from(MEASURES),
+    N=st.sampled_from((2, 4, 6, 16, 64)),
+    L=st.one_of(st.integers(1, 40), st.sampled_from((999, 1000, 1024, 4096))),
+    dt=st.floats(1e-4, 1e-1),
+    backend=st.sampled_from(("torch", "naive")),
+    seed=st.integers(0, 999),
+)
+def test_every_measure_size_step_and_length(measure, N, L, dt, backend, seed):
+    half = half_spectrum(nplr(measure, N))
+    C = torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    X = states(*hippo(measure, N), dt, L)
+    possible = C.norm() * X.norm(dim=0).max()
+    system = half.Lambda, half.P, half.B, C.to(half.V) @ half.V
+    K = dplr_kernel(*system, dt, L, backend)
+    assert (K - C @ X).abs().max() < 1e-12 * possible
+    single = dplr_kernel(*(t.to(torch.complex64) for t in system), dt, L, backend)
+    assert (single - C @ X).abs().max() < 3e-6 * possible
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_gradients_where_the_real_part_is_zero(measure):
+    half = half_spectrum(nplr(measure, 6))
+    C = torch.ones(3, dtype=torch.complex128)
+    frequency = half.Lambda.imag.clone().requires_grad_()
+    inputs = [t.clone().requires_grad_() for t in (half.P, half.B, C)]
+
+    def run(frequency, P, B, C):
+        Lambda = torch.complex(half.Lambda.real, frequency)
+        return dplr_kernel(Lambda, P, B, C, 0.05, 21)
+
+    assert torch.autograd.gradcheck(run, (frequency, *inputs))
+
+
+def test_an_integrator():
+    """A mode at zero without a low-rank term sums up its input for ever."""
+    zero, one = torch.zeros(1, dtype=torch.complex128), torch.ones(1, dtype=torch.complex128)
+    for L in (1, 2, 7, 1000):
+        K = dplr_kernel(zero, zero[:, None], one, one, 0.1, L)
+        assert torch.allclose(K, torch.full((L,), 0.2).double(), atol=1e-13)
+
+
+def test_modes_that_meet_a_node():
+    """Undamped modes exactly at nodes of the unit circle."""
+    L, dt = 24, 0.5
+    theta = 2 * math.pi * torch.tensor([0, 3, 7, 11], dtype=torch.float64) / L
+    Lambda = 2j / dt * torch.tan(theta / 2)
+    _, P, B, C = random_system()
+    for scale in (0, 1):
+        system = Lambda, scale * P, B, C
+        assert error(dplr_kernel(*system, dt, L), dense(*system, dt, L)) < 1e-12
+
+
+def test_pieces_of_line_1_do_not_matter():
+    """More channels than one piece holds, with two output vectors each."""
+    Lambda, P, B, _ = random_system(40, n=64)
+    C = torch.stack([random_system(40, n=64, seed=s)[3] for s in (1, 2)])
+    K = dplr_kernel(Lambda, P, B, C, 0.01, 33)
+    for h in (0, 15, 16, 39):
+        for e in (0, 1):
+            one = dplr_kernel(Lambda[h], P[h], B[h], C[e, h], 0.01, 33)
+            assert torch.allclose(K[e, h], one, rtol=1e-9, atol=1e-12)
+
+
+def test_memory_does_not_hold_the_tables():
+    """What is kept for the backward pass has no entry per mode and node."""
+    system = [t.requires_grad_() for t in random_system(64, n=32)]
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    L = 4096
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        dplr_kernel(*system, 0.01, L)
+    table = 64 * 32 * (L // 2 + 1) * 16
+    assert sum(kept.values()) < table / 4
+
+
+@pytest.mark.skipif(bool(keops_available()), reason=keops_available())
+def test_keops_agrees():
+    """Values, and the gradient by C; each kind of sum is compiled once, slowly."""
+    Lambda, P, B, C = (t.to(torch.complex64) for t in random_system(3, n=5, r=1))
+    found = []
+    for backend in ("keops", "torch"):
+        leaf = C.clone().requires_grad_()
+        K = dplr_kernel(Lambda, P, B, leaf, 0.1, 31, backend)
+        K.square().sum().backward()
+        found.append((K.detach(), leaf.grad))
+    for one, two in zip(*found, strict=True):
+        assert error(one, two) < 1e-5
+
+
+def test_backends_say_why_not(monkeypatch):
+    reasons = backends()
+    assert set(reasons) == {"torch", "triton", "keops", "naive"}
+    assert reasons["torch"] == reasons["naive"] == ""
+    monkeypatch.setattr(kernel, "keops_available", lambda: "there is no compiler")
+    assert backends()["keops"] == "there is no compiler"
+    with pytest.raises(ValueError, match=r"'keops' \(not here: there is no compiler\)"):
+        dplr_kernel(**GOOD, backend="keops")
