@@ -29,7 +29,6 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-import s4mini.kernel
 from s4mini.baselines import (
     ATTENTIONS,
     LSSLLayer,
@@ -39,7 +38,7 @@ from s4mini.baselines import (
     _unit_circle_kernel,
 )
 from s4mini.checks import check_choice, check_int, check_positive
-from s4mini.kernel import dplr_kernel
+from s4mini.kernel import backends, dplr_kernel
 from s4mini.layer import S4Layer
 from s4mini.memory import init_dt
 from s4mini.model import S4Block, S4Model, parameter_groups
@@ -205,10 +204,6 @@ class Case:
             )
 
 
-def _SHIM():
-    return {"torch": "", "keops": "not yet", "triton": "not yet", "naive": ""}
-
-
 def rivals(what: str) -> dict[str, str]:
     """List who can be measured here.
 
@@ -228,8 +223,9 @@ def rivals(what: str) -> dict[str, str]:
         return dict.fromkeys(("S4", "S4-small", "LSSL"), "")
     if what == "attention":
         return dict.fromkeys(("S4", *ATTENTIONS), "")
-    found = getattr(s4mini.kernel, "backends", _SHIM)()
-    found = {name: why for name, why in found.items() if name != "auto"}
+    found = backends()
+    if not found["triton"] and not torch.cuda.is_available():
+        found["triton"] = "interpreted, which says nothing about its speed"
     if what in ("forward", "kernel"):
         found |= {"published": "", "published-keops": found["keops"]}
     return found
