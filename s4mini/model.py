@@ -8,12 +8,13 @@ Tangled from book/model.md.
 """
 
 import contextlib
-import functools
+import copy
 import importlib
 import inspect
 import io
 import json
 import math
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -29,6 +30,7 @@ __all__ = [
     "S4Block",
     "ModelState",
     "S4Model",
+    "ModelStepper",
     "parameter_groups",
     "S4Classifier",
     "S4Forecaster",
@@ -128,11 +130,14 @@ class S4Block(nn.Module):
         dropout: the share of channels silenced in training, in [0, 1).
         norm: "layer" or "batch".
         prenorm: whether the norm comes first instead of last.
-        measure: the HiPPO matrix to begin with, "legs".
+        measure: the system to begin with, "legs" or another of S4Layer.
         bidirectional: whether the layer sees the future too.
         dt_min: the smallest step at initialisation, > 0.
         dt_max: the largest step at initialisation.
         generator: the source of the random initial values.
+        method: how to sample the systems, as in S4Layer.
+        tied: whether all channels of a layer share one system but for dt, C
+            and D.
 
     Raises:
         TypeError: an argument is of a wrong kind.
@@ -153,13 +158,24 @@ class S4Block(nn.Module):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         generator: Generator | None = None,
+        *,
+        method: str | None = None,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         _check_share("dropout", dropout)
         _check_generator(generator)
         self.prenorm = prenorm
         self.layer = S4Layer(
-            d_model, d_state, measure, dt_min, dt_max, bidirectional, generator
+            d_model,
+            d_state,
+            measure,
+            dt_min,
+            dt_max,
+            bidirectional,
+            generator,
+            method=method,
+            tied=tied,
         )
         self.norm = _SequenceNorm(norm, d_model)
         self.dropout = TiedDropout(dropout)
@@ -182,8 +198,12 @@ class S4Block(nn.Module):
         self, u: Tensor, state: Tensor, rate: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Take one step: u (B, H) and a state to y (B, H) and a state."""
+        return self._step(u, state, partial(self.layer.step, rate=rate))
+
+    def _step(self, u, state, take):
+        """Take one step; take is how to step the layer."""
         v = self.norm(u) if self.prenorm else u
-        v, state = self.layer.step(v, state, rate)
+        v, state = take(v, state)
         u = u + self._pointwise(v)
         return u if self.prenorm else self.norm(u), state
 
@@ -382,7 +402,7 @@ class S4Model(_Network):
         d_model: the number H of channels inside.
         n_layers: the number of blocks.
         d_state: the state size N of each channel, even.
-        measure: the HiPPO matrix to begin with, "legs".
+        measure: the system to begin with, "legs" or another of S4Layer.
         dropout: the share of channels silenced in training, in [0, 1).
         norm: "layer" or "batch".
         prenorm: whether each block's norm comes first instead of last.
@@ -391,6 +411,9 @@ class S4Model(_Network):
         dt_max: the largest step at initialisation.
         pool: "mean" or "last" for one output, "none" for one at each step.
         generator: the source of the random initial values.
+        method: how to sample the systems, as in S4Layer.
+        tied: whether all channels of a layer share one system but for dt, C
+            and D.
         tokens: whether the input is integers 0 ... d_input - 1 of shape
             (B, L) instead of vectors (B, L, d_input).
 
@@ -418,6 +441,8 @@ class S4Model(_Network):
         pool: str = "mean",
         generator: Generator | None = None,
         *,
+        method: str | None = None,
+        tied: bool = False,
         tokens: bool = False,
     ) -> None:
         config = _arguments(locals())
@@ -435,6 +460,8 @@ class S4Model(_Network):
                 dt_min,
                 dt_max,
                 generator,
+                method=method,
+                tied=tied,
             )
             for _ in range(check_int("n_layers", n_layers))
         ]
@@ -513,10 +540,16 @@ class S4Model(_Network):
         output is that of `forward`; in training mode dropout draws anew at
         each step.
         """
-        u, layers = self._encode(u, "B"), []
+        u = self._encode(u, "B")
         self._check_state(state, len(u))
-        for block, x in zip(self.blocks, state.layers, strict=True):
-            u, x = block.step(u, x, rate)
+        takes = [partial(block.layer.step, rate=rate) for block in self.blocks]
+        return self._step(u, state, takes)
+
+    def _step(self, u, state, takes):
+        """Take one step; takes are the ways to step each layer."""
+        layers = []
+        for block, x, take in zip(self.blocks, state.layers, takes, strict=True):
+            u, x = block._step(u, x, take)
             layers.append(x)
         u = self.norm(u)
         one = torch.ones_like(state.count)
@@ -524,12 +557,67 @@ class S4Model(_Network):
         y = self.decoder(mean if self.pool == "mean" else u)
         return y, ModelState(tuple(layers), mean, count)
 
+    def stepper(self, rate: float = 1.0) -> "ModelStepper":
+        """Return the step as the model is now, prepared for many steps."""
+        return ModelStepper(self, rate)
+
     def initial_state(self, batch: int) -> ModelState:
         """Return the state of a fresh start for a batch of sequences."""
         layers = [block.layer.initial_state(batch) for block in self.blocks]
         mean = self.decoder.weight.new_zeros(batch, self.decoder.in_features)
         count = torch.zeros(batch, dtype=torch.int64, device=mean.device)
         return ModelState(tuple(layers), mean, count)
+
+
+def _check_shapes(model: S4Model, u: Tensor, state: ModelState) -> None:
+    """Examine shapes and dtype of a step, but no values."""
+    B = len(state.mean)
+    wanted = (B,) if model.tokens else (B, model.d_input)
+    if u.shape != wanted:
+        raise ValueError(f"u: expected {wanted}, got {tuple(u.shape)}")
+    dtype = model.encoder.weight.dtype
+    if not model.tokens and u.dtype != dtype:
+        raise TypeError(f"u: expected {dtype}, got {u.dtype}")
+
+
+class ModelStepper(nn.Module):
+    """One step of a model as it was when this was made.
+
+    Made by S4Model.stepper(); in evaluation mode, without gradients of the
+    systems. Later changes of the model have no effect on it.
+
+    Args:
+        model: what to step.
+        rate: as in S4Model.forward.
+
+    Raises:
+        ValueError: the model is bidirectional, or the rate is wrong.
+
+    Source: book/model.md.
+    """
+
+    def __init__(self, model: S4Model, rate: float = 1.0) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        layers = [block.layer for block in self.model.blocks]
+        self.steppers = nn.ModuleList(x.stepper(rate) for x in layers)
+
+    def forward(self, u: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Take one step, as S4Model.step does.
+
+        Args:
+            u: (B, d_input), or tokens (B,).
+            state: a ModelState of the same batch.
+
+        Returns:
+            The output so far, and the next state.
+
+        Raises:
+            TypeError: u has not the dtype of the model.
+            ValueError: u or the state is of another shape or batch.
+        """
+        _check_shapes(self.model, u, state)
+        return self.model._step(self.model.encoder(u), state, self.steppers)
 
 
 def parameter_groups(
@@ -804,11 +892,11 @@ class S4LanguageModel(_ModelTask):
 
     def _generate(self, prompt, steps, generator, temperature):
         """Read the prompt as one chunk, then draw and step."""
-        state = self.initial_state(len(prompt))
+        state, step = self.initial_state(len(prompt)), self.model.stepper()
         logits, state = self.chunk(prompt, state)
         drawn = [_draw(logits[:, -1], generator, temperature)]
         for _ in range(steps - 1):
-            logits, state = self.step(drawn[-1], state)
+            logits, state = step(drawn[-1], state)
             drawn.append(_draw(logits, generator, temperature))
         return torch.stack(drawn, 1)
 
@@ -823,7 +911,7 @@ def _optional(name: str):
         ) from error
 
 
-@functools.cache
+@cache
 def _hub_class(kind: type[_Saved]) -> type[_Saved]:
     """Return the class with the mixin of the Hugging Face Hub."""
     _optional("safetensors")

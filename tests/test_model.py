@@ -605,3 +605,65 @@ for call in (model.save_pretrained, S4Model.from_pretrained):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+MEASURES = ["legs", "legt", "lagt", "fout", "random", "diag-legs", "diag-lin", "diag-inv"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("measure", [*MEASURES, "diag-real"])
+def test_systems_are_passed_on(measure, tied):
+    model = make(measure=measure, tied=tied, pool="none")
+    method = "bilinear" if measure.startswith("diag") else None
+    other = make(measure=measure, tied=tied, method=method, pool="none")
+    layers = [block.layer for block in model.blocks]
+    assert all(x.measure == measure and x.tied is tied for x in layers)
+    assert all(b.layer.method == "bilinear" for b in other.blocks)
+    u = signal(2, 9, 2)
+    for m in (model, other):
+        a, state = m.chunk(u[:, :4], m.initial_state(2))
+        steps = []
+        for u_k in u[:, 4:].unbind(1):
+            y, state = m.step(u_k, state)
+            steps.append(y)
+        assert relative(torch.cat((a, torch.stack(steps, 1)), 1), m(u)) < 1e-9
+
+
+def test_method_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"^method"):
+        make(method="zoh")
+    with pytest.raises(ValueError, match=r"^tied"):
+        make(tied=2)
+
+
+@pytest.mark.parametrize("pool", ["mean", "none"])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_stepper(pool, norm):
+    """The prepared step is the step; it is a copy, and examines shapes."""
+    model, u = make(pool=pool, norm=norm, prenorm=True), signal(2, 12, 2)
+    before = model(u)
+    step, state = model.stepper(), model.initial_state(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    model.train()
+    for u_k in u.unbind(1):
+        y, state = step(u_k, state)
+    assert relative(y, before[:, -1] if pool == "none" else before) < 1e-9
+    for wrong in (u, u[:1, 0], u[:, 0, :1], u[:, 0].float()):
+        with pytest.raises((TypeError, ValueError), match="expected"):
+            step(wrong, state)
+    with pytest.raises(ValueError, match=r"^bidirectional"):
+        make(bidirectional=True).stepper()
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_stepper_can_be_exported(tokens):
+    g = torch.Generator().manual_seed(0)
+    model = S4Model(3, 2, 6, 2, 8, tokens=tokens, generator=g).eval()
+    u = torch.randint(3, (2, 4), generator=g) if tokens else torch.randn(2, 4, 3, generator=g)
+    state = model.initial_state(2)
+    program = torch.export.export(model.stepper(), (u[:, 0], state)).module()
+    for u_k in u.unbind(1):
+        y, state = program(u_k, state)
+    assert relative(y, model(u)) < 1e-5
