@@ -189,7 +189,7 @@ def _in_complex(sums: Callable, Lambda, P, B, C_tilde, dt, L) -> Tensor:
 
 def _by_triton(Lambda, P, B, C_tilde, dt, L) -> Tensor:
     """Return K_hat (..., M) with the program of the chapter fused."""
-    from s4mini.fused import fused_spectrum
+    from s4mini.fused import _fused_spectrum
 
     shapes = Lambda.shape[:-1], P.shape[:-2], B.shape[:-1]
     batch = torch.broadcast_shapes(*shapes, C_tilde.shape[:-1], dt.shape)
@@ -197,7 +197,7 @@ def _by_triton(Lambda, P, B, C_tilde, dt, L) -> Tensor:
     vectors = (t.expand(*batch, n).reshape(-1, n) for t in (Lambda, B, C_tilde))
     Lambda, B, C_tilde = vectors
     P, dt = P.expand(*batch, n, r).reshape(-1, n, r), dt.expand(batch).reshape(-1)
-    K_hat = fused_spectrum(Lambda, P, B, C_tilde, dt, L)
+    K_hat = _fused_spectrum(Lambda, P, B, C_tilde, dt, L)
     return K_hat.reshape(*batch, -1)
 
 
@@ -223,10 +223,11 @@ def backends() -> dict[str, str]:
     return {name: reasons.get(name, "") for name in _BACKENDS}
 
 
-def _choose(backend: str, cuda: bool) -> Callable:
+def _choose(backend: str, P: Tensor) -> Callable:
     """Return the backend of that name, or say which there are."""
     if backend == "auto":
-        usable = cuda and not backends()["triton"]
+        usable = P.is_cuda and P.shape[-1] in (1, 2)
+        usable = usable and not backends()["triton"]
         return _BACKENDS["triton" if usable else "torch"]
     if backend in ("torch", "naive"):
         return _BACKENDS[backend]
@@ -284,6 +285,9 @@ def dplr_kernel(
 
     Source: Gu et al. 2022a, algorithm 1; book/kernel.md.
     """
+    if torch.compiler.is_dynamo_compiling():  # complex: left as it is
+        whole = torch.compiler.disable(dplr_kernel)
+        return whole(Lambda, P, B, C, dt, L, backend)
     L = check_int("L", L)
     check_tensors(
         Lambda=(Lambda, "... n"),
@@ -296,7 +300,7 @@ def dplr_kernel(
             "Lambda: expected real parts <= 0, got "
             f"{Lambda.real.max().item():.3g}: the system is unstable"
         )
-    spectrum = _choose(backend, Lambda.is_cuda)
+    spectrum = _choose(backend, P)
     dt, Lambda, P, B, C = _alike(dt, Lambda=Lambda, P=P, B=B, C=C)
     with torch.autocast(Lambda.device.type, enabled=False):
         return _dplr_kernel(Lambda, P, B, C, dt, L, spectrum)

@@ -646,8 +646,8 @@ def _place(module: Learner) -> str:
     """Say where a run is."""
     rate = module.optimizers().param_groups[0]["lr"]
     return (  # counted from 1
-        f"at step {module.global_step + 1}, batch {module.number + 1} of epoch "
-        f"{module.current_epoch + 1}, learning rate {rate:g}"
+        f"at step {module.global_step + 1}, batch {module.number + 1} "
+        f"of epoch {module.current_epoch + 1}, learning rate {rate:g}"
     )
 
 
@@ -730,12 +730,14 @@ def save_weights(
     state, rebuilt = model.state_dict(), build(recipe, **sizes).state_dict()
     shapes = [{k: v.shape for k, v in s.items()} for s in (state, rebuilt)]
     if shapes[0] != shapes[1]:
-        raise ValueError("recipe: expected the one that the model was built from")
+        raise ValueError("recipe: expected what the model was built from")
     weights = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     _write(Path(path), save(weights, metadata=notes))
 
 
-def load_weights(path: str | Path) -> tuple[S4Model | S4Forecaster, Recipe]:
+def load_weights(
+    path: str | Path,
+) -> tuple[S4Model | S4Forecaster, Recipe]:
     """Read what save_weights has written.
 
     Args:
@@ -878,7 +880,11 @@ def _read_checkpoint(path: Path, recipe: Recipe) -> dict:
 
 
 def _outputs(
-    model: nn.Module, data: SequenceData, split: str, index: Tensor, size: int
+    model: nn.Module,
+    data: SequenceData,
+    split: str,
+    index: Tensor,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
     """Return a model's outputs and the targets, on the CPU."""
     pairs, training = [], model.training
@@ -934,7 +940,7 @@ def evaluate(
 
     Returns:
         {"loss": cross-entropy in nats, "accuracy": share of right answers},
-        or {"mse": …, "mae": …} of forecasts, in the data's standardised unit.
+        or of forecasts {"mse": …, "mae": …}, in the data's standardised unit.
 
     Raises:
         ValueError: split is unknown.
@@ -1028,33 +1034,39 @@ def _trainer(
     machines: dict,
 ) -> pl.Trainer:
     """Return Lightning's loop, set to be quiet."""
-    for part in ("pytorch", "fabric"):
-        logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
-    on_cuda, version = torch.cuda.is_available(), f"from-epoch-{first}"
-    callbacks = [_Keeper(out, lines=progress == "lines")]
-    if progress == "bar":
-        callbacks.append(_Bar())
+    on_cuda = torch.cuda.is_available()
+    keeper = _Keeper(out, lines=progress == "lines")
     return pl.Trainer(
         accelerator="cuda" if on_cuda else "cpu",
-        **machines,
         sync_batchnorm=on_cuda and recipe.norm == "batch",
         precision=_PRECISIONS[recipe.precision],
         max_epochs=epochs,
         gradient_clip_val=recipe.clip,
-        callbacks=callbacks,
-        logger=[
-            kind(out, name=name, version=version)
-            for name, kind in (("log", CSVLogger), ("tensorboard", TensorBoardLogger))
-        ],
+        callbacks=[keeper, *([_Bar()] if progress == "bar" else [])],
+        logger=_loggers(out, f"from-epoch-{first}"),
         plugins=[_WholeFiles()],
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-        reload_dataloaders_every_n_epochs=1,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
+        **_OURS,
+        **machines,
     )
+
+
+_OURS = {  # what Lightning would do, and this chapter does
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "reload_dataloaders_every_n_epochs": 1,
+    "use_distributed_sampler": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+
+
+def _loggers(out: Path, version: str) -> list:
+    """Return what writes the logs; hush Lightning's own words."""
+    for part in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
+    kinds = {"log": CSVLogger, "tensorboard": TensorBoardLogger}
+    return [kind(out, name=k, version=version) for k, kind in kinds.items()]
 
 
 def _device_name(world: int = 1) -> str:
@@ -1292,21 +1304,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    texts = {
-        "list": "show the recipes, or one in full",
-        "fit": "train a model by a recipe, select on validation, test",
-        "evaluate": "measure a trained model",
-    }
-    adders = {"list": _add_list, "fit": _add_fit, "evaluate": _add_evaluate}
-    for name, text in texts.items():
-        adders[name](
-            commands.add_parser(
-                name,
-                help=text,
-                allow_abbrev=False,
-                description=f"{text[0].upper()}{text[1:]}.",
-            )
-        )
+    for name, text, add in (
+        ("list", "show the recipes, or one in full", _add_list),
+        ("fit", "train by a recipe, select on validation, test", _add_fit),
+        ("evaluate", "measure a trained model", _add_evaluate),
+    ):
+        said = f"{text[0].upper()}{text[1:]}."
+        add(commands.add_parser(name, help=text, description=said, allow_abbrev=False))
     return parser
 
 
@@ -1364,6 +1368,13 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         choices=("bar", "lines", "none"),
         help="how to show it (default: bar at a terminal, else lines)",
     )
+    _add_machines(parser)
+    _add_overrides(parser)
+
+
+def _add_machines(parser: argparse.ArgumentParser) -> None:
+    """Describe on what `s4mini fit` runs."""
+    add = parser.add_argument
     add(
         "--devices",
         type=int,
@@ -1378,7 +1389,6 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="ddp: each device takes a share of every batch",
     )
-    _add_overrides(parser)
 
 
 def _run_list(options: argparse.Namespace) -> None:

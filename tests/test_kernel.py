@@ -338,3 +338,16 @@ def test_backends_say_why_not(monkeypatch):
     assert backends()["keops"] == "there is no compiler"
     with pytest.raises(ValueError, match=r"'keops' \(not here: there is no compiler\)"):
         dplr_kernel(**GOOD, backend="keops")
+
+
+def test_torch_compile_leaves_it_as_it_is():
+    system = [t.to(torch.complex64) for t in random_system()]
+    C = system[3].clone().requires_grad_()
+
+    def run(C):
+        return 2 * dplr_kernel(*system[:3], C, 0.1, 20)
+
+    compiled = torch.compile(run, backend="aot_eager")(C)
+    compiled.sum().backward()
+    assert torch.equal(compiled, run(C))
+    assert C.grad.abs().max() > 0

@@ -27,7 +27,7 @@ def test_install_needs_torch_and_numpy_only():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
     needed = {re.match(r"[\w-]+", item)[0] for item in project["dependencies"]}
     assert needed == {"torch", "numpy"}
-    assert set(project["optional-dependencies"]) == {"train", "keops", "book", "test"}
+    assert set(project["optional-dependencies"]) == {"train", "keops", "triton", "book", "test"}
 
 
 def test_import_without_the_extras():
@@ -55,7 +55,8 @@ except ModuleNotFoundError as error:
 else:
     raise AssertionError("training was imported without lightning")
 """
-    absent = {"lightning", "matplotlib", "plotly", "sklearn", "pooch", "scipy", "sympy", "IPython"}
+    absent = {"lightning", "matplotlib", "plotly", "sklearn", "scipy", "sympy", "IPython",
+              "triton", "pykeops", "huggingface_hub", "safetensors", "tensorboard", "tqdm"}
     code = program.format(absent=absent)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -185,7 +185,7 @@ def render_init(modules: list[Module], root: Path) -> str:
 
 
 # Modules that are imported when first asked for, and the extra that brings what they need.
-EXTRAS = {"data": "train", "train": "train", "figures": "book"}
+EXTRAS = {"data": "train", "train": "train", "bench": "train", "figures": "book"}
 
 INIT = '''"""s4mini: structured state space models, from the book that derives them.
 
