@@ -1,5 +1,5 @@
 # make book    the rendered book, in _build/html      make test   everything tested
-# make lab     the chapters as notebooks              make data   the image data sets
+# make lab     the chapters as notebooks              make data   the data sets
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -243,7 +243,8 @@ def _prepare_kernel(
     modes = half_spectrum(nplr("legs", case.N))
     system = [t.expand(case.H, *t.shape) for t in modes[:3]]
     dt = init_dt(case.H, 1e-3, 1e-1, generator).to(device, torch.float32)
-    C = torch.view_as_complex(_random((*system[2].shape, 2), generator, device))
+    C = _random((*system[2].shape, 2), generator, device)
+    C = torch.view_as_complex(C)
     inputs = [t.to(device, torch.complex64, copy=True) for t in (*system, C)]
     inputs = [t.requires_grad_() for t in (*inputs, dt)]
     weight = _random((case.H, case.L), generator, device)
@@ -411,7 +412,8 @@ def _context() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["s4mini", "s4mini.baselines"])
+    modules = ["s4mini", "s4mini.baselines", "torch._dynamo"]
+    context.set_forkserver_preload(modules)
     return context
 
 
@@ -599,8 +601,11 @@ def provenance(
     Source: book/bench.md.
     """
     check_choice("device", device, ("cpu", "cuda"))
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["numpy"] = numpy.__version__
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
     for name in ("pykeops", "triton"):
         with suppress(ImportError):
             versions[name] = __import__(name).__version__
@@ -637,7 +642,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add, many = parser.add_argument, {"nargs": "+"}
     add("--what", **many, default=list(REFERENCES), help="what to measure")
-    add("--names", **many, help="backends or rivals; all that are here if not given")
+    add("--names", **many, help="backends or rivals; default: all here")
     add("--H", **many, type=int, default=[128, 256, 512], help="channels")
     add("--L", **many, type=int, default=[1024, 4096, 16384], help="steps")
     add("--N", type=int, default=64, help="state size")
@@ -648,7 +653,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeat", type=int, default=7, help="timed calls at most")
     add("--budget", type=float, default=10.0, help="seconds for timed calls")
     add("--timeout", type=float, default=300.0, help="seconds for one case")
-    add("--memory", type=float, help="limit in GiB; 4/5 of what is free if not given")
+    add("--memory", type=float, help="limit in GiB; default: 4/5 of the free")
     add("--seed", type=int, default=0, help="of all random numbers")
     add("--quick", action="store_true", help="tiny sizes, to see that it runs")
     add("--out", type=Path, help="JSON file to write")
@@ -677,9 +682,10 @@ def _cases(options: argparse.Namespace) -> tuple[list[Case], dict[str, str]]:
 
 def _examine(options: argparse.Namespace) -> None:
     """Refuse options that could only fail later."""
+    known: dict[str, str] = {}
     for what in options.what:
         check_choice("--what", what, tuple(REFERENCES))
-    known = {name: why for what in options.what for name, why in rivals(what).items()}
+        known |= rivals(what)
     for name in options.names or ():
         check_choice("--names", name, tuple(known))
         if known[name]:

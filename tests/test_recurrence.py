@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from s4mini.convolve import causal_conv, scan
 from s4mini.discretize import discretize
+from s4mini.hippo import hippo
 from s4mini.kernel import dplr_kernel
 from s4mini.nplr import half_spectrum, nplr, real_form
 from s4mini.recurrence import (
@@ -229,3 +230,28 @@ def test_bad_increments():
     ):
         with pytest.raises(error, match=rf"^{name}: "):
             dplr_increments(**{"Lambda": Lambda, "P": P, "B": B, "dt": 0.1} | changed)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("measure", ["legt", "lagt", "fout"])
+@pytest.mark.parametrize("L", [1, 2, 33, 130])
+def test_other_measures_against_dense(dtype, measure, L):
+    """The HiPPO matrices without any decay of their own, in original coordinates."""
+    A, B = hippo(measure, 16)
+    s, g = half_spectrum(nplr(measure, 16)), torch.Generator().manual_seed(4)
+    c, u = (torch.randn(n, dtype=torch.float64, generator=g) for n in (16, L))
+    dt, start = 0.03, torch.randn(16, dtype=torch.float64, generator=g)
+    if measure == "fout":
+        start[1] = 0  # the coordinate that nothing reaches
+    y, x = scan(*discretize(A, B, dt), c, u, start)
+    kind = dtype.to_complex()
+    Lambda, P, B, C = (v.to(kind) for v in (*s[:3], c.to(s.V) @ s.V))
+    x0, u = (s.V.mH @ start.to(s.V)).to(kind), u.to(dtype)
+    y_steps, x_steps = steps(Lambda, P, B, C, x0, dt, u)
+    y_chunk = causal_conv(u, dplr_kernel(Lambda, P, B, C, dt, L))
+    y_chunk = y_chunk + state_response(Lambda, P, C, dt, x0, L)
+    x_chunk = final_state(Lambda, P, B, dt, u, x0)
+    for found in (y_steps, y_chunk):
+        assert relative(found, y) < TOLERANCE[dtype]
+    for found in (x_steps, x_chunk):
+        assert relative(2 * (s.V @ found.to(s.V)).real, x) < TOLERANCE[dtype]
