@@ -675,7 +675,8 @@ def _cases(options: argparse.Namespace) -> tuple[list[Case], dict[str, str]]:
             for L in lengths.get(what, options.L):
                 for name in names:
                     size = (H, L, options.N, 1 if one else options.batch)
-                    depth = options.depth if what in ("step", "attention") else 1
+                    deep = what in ("step", "attention")
+                    depth = options.depth if deep else 1
                     cases.append(Case(what, name, *size, depth))
     return cases, absent
 
