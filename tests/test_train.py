@@ -613,6 +613,6 @@ def test_data_of_another_recipe_are_refused(tmp_path):
 
 def test_weights_are_saved_with_their_own_recipe_only(tmp_path):
     model = train.build(replace(RECIPES["digits"], d_model=4), 1, 10)
-    with pytest.raises(ValueError, match="recipe: expected the one"):
+    with pytest.raises(ValueError, match="recipe: expected what"):
         train.save_weights(model, RECIPES["digits"], tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
