@@ -128,7 +128,7 @@ def _doublings(E: Tensor, C: Tensor, L: int) -> tuple[Tensor, list]:
         if L <= 32:
             return d, levels
         # A_bar^2 - I, and half as many steps
-        E, L = torch.baddbmm(E, E, E, beta=2), L // 2
+        E, L = (E @ E).add_(E, alpha=2), L // 2
 
 
 def _undo(levels: list, dd: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,11 +140,10 @@ def _undo(levels: list, dd: Tensor) -> tuple[Tensor, Tensor]:
             after.append(dd)
             dd = torch.baddbmm(dd, dd, E.mT)
         if dE is not None:  # E' = 2 E + E E
-            twice = torch.baddbmm(dE, dE, E.mT, beta=2)
-            dE = torch.baddbmm(twice, E.mT, dE)
+            dE = (dE @ E.mT).add_(dE, alpha=2).baddbmm_(E.mT, dE)
         if rows:
             X, G = torch.cat(rows, 1), torch.cat(after[::-1], 1)
-            dE = X.mT @ G if dE is None else torch.baddbmm(dE, X.mT, G)
+            dE = X.mT @ G if dE is None else dE.baddbmm_(X.mT, G)
     return dE, dd - start
 
 
