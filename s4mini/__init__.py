@@ -18,8 +18,8 @@ Each module is a chapter of the book:
     cauchy       Sums of simple fractions
     kernel       The S4 kernel
     fused        One program for the kernel
-    diagonal     Diagonal systems
     recurrence   Stepping in linear time
+    diagonal     Diagonal systems
     layer        The layer
     model        The network
     data         Data as sequences
@@ -150,11 +150,6 @@ __all__ = [
     "tl",
     "triton_available",
     "fused_spectrum",
-    "s4d_kernel",
-    "s4d_init",
-    "s4d_step",
-    "s4d_response",
-    "s4d_final_state",
     "dplr_step",
     "Increments",
     "dplr_increments",
@@ -162,6 +157,11 @@ __all__ = [
     "state_response",
     "check_lengths",
     "final_state",
+    "s4d_kernel",
+    "s4d_init",
+    "s4d_step",
+    "s4d_response",
+    "s4d_final_state",
     "two_sided_conv",
     "mask_padding",
     "Stepper",
