@@ -194,9 +194,11 @@ def _by_triton(Lambda, P, B, C_tilde, dt, L) -> Tensor:
     shapes = Lambda.shape[:-1], P.shape[:-2], B.shape[:-1]
     batch = torch.broadcast_shapes(*shapes, C_tilde.shape[:-1], dt.shape)
     n, r = P.shape[-2:]
-    vectors = (t.expand(*batch, n).reshape(-1, n) for t in (Lambda, B, C_tilde))
-    Lambda, B, C_tilde = vectors
-    P, dt = P.expand(*batch, n, r).reshape(-1, n, r), dt.expand(batch).reshape(-1)
+    Lambda, B, C_tilde = (
+        t.expand(*batch, n).reshape(-1, n) for t in (Lambda, B, C_tilde)
+    )
+    P = P.expand(*batch, n, r).reshape(-1, n, r)
+    dt = dt.expand(batch).reshape(-1)
     K_hat = _fused_spectrum(Lambda, P, B, C_tilde, dt, L)
     return K_hat.reshape(*batch, -1)
 

@@ -269,6 +269,23 @@ def test_a_loss_that_is_no_number_stops_the_run(digits, tmp_path, monkeypatch):
     assert len(resumed.history) == 3 and resumed.test_accuracy > 0
 
 
+def test_a_run_that_ends_in_its_first_epoch_can_be_resumed(digits, whole, tmp_path, monkeypatch):
+    real, calls = train.cross_entropy, []
+
+    def fail_later(logits, target):
+        calls.append(len(target))
+        if len(calls) == 2:
+            raise RuntimeError("the machine was taken away")
+        return real(logits, target)
+
+    monkeypatch.setattr(train, "cross_entropy", fail_later)
+    with pytest.raises(RuntimeError, match="taken away"):
+        train.fit(TINY, tmp_path, digits, progress="none")
+    resumed = train.fit(TINY, tmp_path, digits, resume=True, progress="none")
+    same_history(whole.history, resumed.history)
+    assert resumed.test == pytest.approx(whole.test, abs=1e-6)
+
+
 def test_features_that_are_no_numbers_stop_the_run_too(digits, tmp_path):
     wild = replace(TINY, lr=1e30, warmup=0.0)
     with pytest.raises(
