@@ -638,24 +638,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m s4mini.bench",
         description="Measure time and memory of S4 and its rivals.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add, many = parser.add_argument, {"nargs": "+"}
-    add("--what", **many, default=list(REFERENCES), help="what to measure")
-    add("--names", **many, help="backends or rivals; default: all here")
+    add, many, one = parser.add_argument, {"nargs": "+"}, "default %(default)s"
+    kinds = ", ".join(REFERENCES)
+    add("--what", **many, default=list(REFERENCES), help=f"from {kinds}")
+    add("--names", **many, help="backends or rivals; default all here")
     add("--H", **many, type=int, default=[128, 256, 512], help="channels")
     add("--L", **many, type=int, default=[1024, 4096, 16384], help="steps")
-    add("--N", type=int, default=64, help="state size")
-    add("--batch", type=int, default=8, help="sequences, for networks")
-    add("--depth", type=int, default=2, help="layers, for step and attention")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--N", type=int, default=64, help=f"state size; {one}")
+    add("--batch", type=int, default=8, help=f"sequences; {one}")
+    add("--depth", type=int, default=2, help=f"layers of a network; {one}")
+    add("--device", default="cpu", help=f"cpu or cuda; {one}")
     add("--threads", type=int, help="of PyTorch on the CPU")
-    add("--repeat", type=int, default=7, help="timed calls at most")
-    add("--budget", type=float, default=10.0, help="seconds for timed calls")
-    add("--timeout", type=float, default=300.0, help="seconds for one case")
-    add("--memory", type=float, help="limit in GiB; default: 4/5 of the free")
-    add("--seed", type=int, default=0, help="of all random numbers")
-    add("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    add("--repeat", type=int, default=7, help=f"timed calls; {one}")
+    add("--budget", type=float, default=10.0, help=f"their seconds; {one}")
+    add("--timeout", type=float, default=300.0, help=f"of a case; {one} s")
+    add("--memory", type=float, help="limit in GiB; default 4/5 of the free")
+    add("--seed", type=int, default=0, help=f"of all random numbers; {one}")
+    add("--quick", action="store_true", help="tiny sizes, to see it run")
     add("--out", type=Path, help="JSON file to write")
     return parser
 
