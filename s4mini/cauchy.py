@@ -287,7 +287,7 @@ def _cauchy_keops(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
     k, n = v.shape[-2:]
     batch = torch.broadcast_shapes(v.shape[:-2], Lambda.shape[:-1])
     modes = Lambda[..., None, :].expand(*batch, k, n).reshape(-1, 1, n, 1)
-    v = v.expand(*batch, k, n).reshape(modes.shape)
+    v = v.expand(*batch, k, n).reshape(modes.shape).contiguous()
     grid = x.to(v.dtype), y.to(v.dtype)
     x, y = (t.expand(len(v), -1)[..., None, None].contiguous() for t in grid)
     x, y = LazyTensor(1j * x), LazyTensor(y)

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from s4mini.cauchy import (
     _by_pieces,
@@ -129,17 +129,36 @@ def _line_1(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, L: int) -> Tensor:
         dt.expand(own).reshape(-1),
     )
     C = C.expand(*batch, n).reshape(-1, len(system[0]), n).transpose(0, 1)
-    size = max(1, (2**24 if C.is_cuda else 2**18) // (2 * n) ** 2)
-    parts = zip(*(t.split(size) for t in (*system, C)))
-    pieces = [_repeatable(_cut, *part, L) for part in parts]
-    return torch.cat(pieces).transpose(0, 1).reshape(*batch, n)
+    C_tilde = _Line1.apply(*system, C, L)
+    return C_tilde.transpose(0, 1).reshape(*batch, n)
 
 
-def _repeatable(function: Callable, *arguments) -> Tensor:
-    """Call a function, and again in the backward pass."""
-    return checkpoint(
-        function, *arguments, use_reentrant=False, preserve_rng_state=False
-    )
+def _split(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut Lambda (h, n) and all after it into pieces of a few channels."""
+    n, cuda = tensors[0].shape[1], tensors[0].is_cuda
+    size = max(1, (2**24 if cuda else 2**17) // (2 * n) ** 2)
+    return list(zip(*(t.split(size) for t in tensors)))
+
+
+class _Line1(torch.autograd.Function):
+    """_cut in pieces, done again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, Lambda, P, dt, C, L):
+        ctx.save_for_backward(Lambda, P, dt, C)
+        ctx.L = L
+        return torch.cat([_cut(*p, L) for p in _split(Lambda, P, dt, C)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        gradients = []
+        for *piece, given in _split(*ctx.saved_tensors, gradient):
+            with torch.enable_grad():
+                inputs = [t.detach().requires_grad_() for t in piece]
+                output = _cut(*inputs, ctx.L)
+            gradients.append(torch.autograd.grad(output, inputs, given))
+        return *map(torch.cat, zip(*gradients)), None
 
 
 def _stack(vector: Tensor, P: Tensor) -> Tensor:
@@ -321,4 +340,4 @@ def _dplr_kernel(
     C_tilde = _line_1(Lambda, P, C, dt, L)
     K_hat = spectrum(Lambda, P, B, C_tilde, dt, L)
     growth = torch.arange(L, device=dt.device, dtype=torch.float64) / L
-    return torch.fft.irfft(K_hat, n=L) * growth.exp().to(dt.dtype)
+    return torch.fft.irfft(K_hat, n=L).mul_(growth.exp().to(dt.dtype))
