@@ -20,9 +20,9 @@ from jupytext.myst import CODE_DIRECTIVE, get_parser, matches_mystnb, myst_to_no
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile, find_comment_markers, find_metadata_tags
 
-# Threads that wait sleep, since workers share the processor; and each worker gets its
+# Threads that wait spin for a moment, then sleep; and each worker gets its
 # share of the cores, instead of a thread for every core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))

@@ -556,7 +556,7 @@ def _check_index(index: Tensor, n: int) -> None:
 class ImageData(SequenceData):
     """Labelled images that are read as sequences.
 
-    Attributes (besides those of SequenceData):
+    Attributes:
         images: for each split, (n, W, W, channels) uint8.
         gray: whether colours become grey levels.
         size: pixels a side of an image when it is read.
@@ -788,7 +788,7 @@ def read_wav(path: str | Path) -> np.ndarray:
 class SoundData(SequenceData):
     """Labelled recordings of different lengths.
 
-    Attributes (besides those of SequenceData):
+    Attributes:
         samples: for each split, all its recordings end to end, int16.
         starts: for each split, (n,) int64, where each begins.
         lengths: for each split, (n,) int64, how long each is when read.
@@ -901,7 +901,7 @@ def _check_ett(
 class WindowData(SequenceData):
     """Windows of a series of which the continuation is to be forecast.
 
-    Attributes (besides those of SequenceData):
+    Attributes:
         values: (T, channels) float32, the whole series, normalised.
         starts: for each split, (n,) int64, where each window begins.
         horizon: how many steps are to be forecast.
@@ -1112,7 +1112,7 @@ def _made(name: str, draw: Callable, options: _Options) -> dict[str, list]:
 class SymbolData(SequenceData):
     """Labelled sequences of symbols, of different lengths.
 
-    Attributes (besides those of SequenceData):
+    Attributes:
         symbols: for each split, (n, L) uint8; beyond an example's end, the
             number of channels, which is no symbol.
         lengths: for each split, (n,) int64.
