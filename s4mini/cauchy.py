@@ -227,7 +227,7 @@ class _InPieces(torch.autograd.Function):
                 part = [t[i].detach().requires_grad_() for t in channels]
                 piece = ctx.function(*part, x[j], y[j], scratch)
             given = torch.autograd.grad(piece, part, gradient[i, ..., j])
-            for total, g in zip(totals, given):
+            for total, g in zip(totals, given, strict=True):
                 total[i] += g
         return None, *totals, None, None
 

@@ -37,7 +37,10 @@ def _line_3(p: Tensor, x: Tensor, y: Tensor, tau: float) -> Tensor:
         *rows, last = rows
         pivot = Y / (1 + Y * last[-1])
         rows = [
-            [p_ab - pivot * row[-1] * p_jb for p_ab, p_jb in zip(row[:-1], last)]
+            [
+                p_ab - pivot * row[-1] * p_jb
+                for p_ab, p_jb in zip(row[:-1], last[:-1], strict=True)
+            ]
             for row in rows
         ]
     return (1 + tau) * torch.complex(y, x / 2) * rows[0][0]
@@ -137,7 +140,7 @@ def _split(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut Lambda (h, n) and all after it into pieces of a few channels."""
     n, cuda = tensors[0].shape[1], tensors[0].is_cuda
     size = max(1, (2**24 if cuda else 2**17) // (2 * n) ** 2)
-    return list(zip(*(t.split(size) for t in tensors)))
+    return list(zip(*(t.split(size) for t in tensors), strict=True))
 
 
 class _Line1(torch.autograd.Function):
@@ -158,7 +161,7 @@ class _Line1(torch.autograd.Function):
                 inputs = [t.detach().requires_grad_() for t in piece]
                 output = _cut(*inputs, ctx.L)
             gradients.append(torch.autograd.grad(output, inputs, given))
-        return *map(torch.cat, zip(*gradients)), None
+        return *map(torch.cat, zip(*gradients, strict=True)), None
 
 
 def _stack(vector: Tensor, P: Tensor) -> Tensor:

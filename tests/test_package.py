@@ -55,8 +55,21 @@ except ModuleNotFoundError as error:
 else:
     raise AssertionError("training was imported without lightning")
 """
-    absent = {"lightning", "matplotlib", "plotly", "sklearn", "scipy", "sympy", "IPython",
-              "triton", "pykeops", "huggingface_hub", "safetensors", "tensorboard", "tqdm"}
+    absent = {
+        "lightning",
+        "matplotlib",
+        "plotly",
+        "sklearn",
+        "scipy",
+        "sympy",
+        "IPython",
+        "triton",
+        "pykeops",
+        "huggingface_hub",
+        "safetensors",
+        "tensorboard",
+        "tqdm",
+    }
     code = program.format(absent=absent)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
