@@ -96,7 +96,7 @@ def _difference_and_sum(Lambda: Tensor, P: Tensor, dt: Tensor) -> tuple[Tensor, 
 
 
 def _alike(dt: float | Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
-    """Examine dt and the batch axes; give all one precision and device."""
+    """Examine dt and the batch axes; give all one precision."""
     check_positive("dt", dt)
     kind, shapes = torch.complex64, {"dt": getattr(dt, "shape", ())}
     for name, value in tensors.items():
