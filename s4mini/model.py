@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
-from s4mini.layer import S4Layer, mask_padding
+from s4mini.layer import S4Layer, _check_input, _check_state, mask_padding
 
 __all__ = [
     "TiedDropout",
@@ -189,6 +189,7 @@ class S4Block(nn.Module):
         rate: float = 1.0,
     ) -> tuple[Tensor, Tensor | None]:
         """Map u (B, L, H) to the same shape; the rest as in S4Layer."""
+        self._examine(u, state, lengths)
         v = self.norm(u, lengths) if self.prenorm else u
         v, state = self.layer(v, state, lengths, rate)
         u = u + self._pointwise(v)
@@ -206,6 +207,13 @@ class S4Block(nn.Module):
         v, state = take(v, state)
         u = u + self._pointwise(v)
         return u if self.prenorm else self.norm(u), state
+
+    def _examine(self, u, state, lengths) -> None:
+        """Refuse wrong input before the norm's averages have seen it."""
+        valid = u if lengths is None else mask_padding(u, lengths)
+        _check_input(self.layer, valid, "B L")
+        if state is not None:
+            _check_state(self.layer, state, len(u))
 
     def _pointwise(self, v: Tensor) -> Tensor:
         """Return what follows the layer, before the residual is added."""
@@ -810,7 +818,7 @@ class S4Forecaster(_Task):
 def _check_sampling(generator: Generator | None, temperature: float) -> None:
     """Refuse a wrong temperature, or a draw without a source."""
     if temperature != 0:
-        check_positive("temperature", temperature)
+        check_positive("temperature (or 0)", temperature)
         _check_generator(generator)
         if generator is None:
             raise TypeError(
@@ -911,12 +919,26 @@ def _optional(name: str):
         ) from error
 
 
+def _complete(kind: type, config: dict) -> dict:
+    """Return a config, if it has all that the class needs and no more."""
+    needed = set(inspect.signature(kind).parameters) - {"generator"}
+    found = set(config) - {"class", "dtype"}
+    for text, names in {"lacks": needed - found, "has": found - needed}.items():
+        if names:
+            raise ValueError(
+                f"config.json: expected the arguments of {kind.__name__}; it "
+                f"{text} {sorted(names)[0]!r}"
+            )
+    return config
+
+
 @cache
 def _hub_class(kind: type[_Saved]) -> type[_Saved]:
     """Return the class with the mixin of the Hugging Face Hub."""
     _optional("safetensors")
     mixin = _optional("huggingface_hub").PyTorchModelHubMixin
-    coders = {S4Model: (lambda m: m.config, lambda c: S4Model(**c))}
+    whole = partial(_complete, S4Model)
+    coders = {S4Model: (lambda m: m.config, lambda c: S4Model(**whole(c)))}
 
     class Hub(mixin, kind, library_name="s4mini", coders=coders):
         pass
@@ -965,12 +987,20 @@ def _read_config(kind: type[_Saved], folder: Path) -> dict:
     if found != kind.__name__:
         raise ValueError(f"{folder}: expected a saved {kind.__name__}, found {found}")
     check_choice("dtype", config.get("dtype"), [*_PRECISIONS.values()])
-    known = {"class", "dtype", *inspect.signature(kind).parameters}
-    if unknown := sorted(set(config) - known):
-        raise ValueError(
-            f"{folder / 'config.json'}: {kind.__name__} has no {unknown[0]}"
-        )
-    return config
+    try:
+        return _complete(kind, config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _check_kinds(folder: Path, dtype: str) -> None:
+    """Refuse weights that are not of the precision that the config states."""
+    wanted = {"float32": "F32", "float64": "F64"}[dtype]
+    path = folder / "model.safetensors"
+    with _optional("safetensors").safe_open(path, "pt") as file:
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
+    if kinds - {"I64"} != {wanted}:  # counters of batch norm are integers
+        raise ValueError(f"{path}: expected {dtype}, got {', '.join(sorted(kinds))}")
 
 
 def _load(kind: type[_Saved], folder: Path) -> _Saved:
@@ -985,6 +1015,7 @@ def _load(kind: type[_Saved], folder: Path) -> _Saved:
             torch.random.fork_rng(devices=[]),
             contextlib.redirect_stdout(io.StringIO()),
         ):
+            _check_kinds(folder, config["dtype"])
             module = hub.from_pretrained(folder, strict=True)
     except (broken, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
@@ -992,4 +1023,6 @@ def _load(kind: type[_Saved], folder: Path) -> _Saved:
         ) from error
     finally:
         torch.set_default_dtype(before)
+    if not all(p.isfinite().all() for p in module.parameters()):
+        raise ValueError(f"{folder}: expected finite weights, got NaN or inf")
     return _view(module, kind)

@@ -879,6 +879,18 @@ def _read_checkpoint(path: Path, recipe: Recipe) -> dict:
     return checkpoint
 
 
+def _check_output(output: Tensor, target: Tensor, data: SequenceData) -> None:
+    """Refuse a model whose answers do not fit the data."""
+    wanted = tuple(target.shape)
+    if data.task == "classify":
+        wanted = len(target), len(data.classes)
+    if output.shape != wanted:
+        raise ValueError(
+            f"model: expected outputs of shape {wanted} for {data.name}, got "
+            f"{tuple(output.shape)}"
+        )
+
+
 def _outputs(
     model: nn.Module,
     data: SequenceData,
@@ -892,7 +904,9 @@ def _outputs(
     with torch.no_grad():
         for part in index.split(size):
             u, target, lengths = data.batch(split, part)
-            pairs.append((model(u, lengths).cpu(), target.cpu()))
+            output = model(u, lengths)
+            _check_output(output, target, data)
+            pairs.append((output.cpu(), target.cpu()))
     model.train(training)
     outputs, targets = zip(*pairs, strict=True)
     return torch.cat(outputs), torch.cat(targets)
@@ -943,7 +957,8 @@ def evaluate(
         or of forecasts {"mse": …, "mae": …}, in the data's standardised unit.
 
     Raises:
-        ValueError: split is unknown.
+        ValueError: split is unknown, or the model's outputs do not fit the
+            data.
 
     Source: book/train.md.
     """

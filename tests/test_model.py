@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 
@@ -575,7 +576,7 @@ def test_folders_that_cannot_be_loaded(tmp_path):
     given = json.loads(text)
     for change, match in [
         ({"class": None}, "found None"),
-        ({"colour": 1}, "S4Model has no colour"),
+        ({"colour": 1}, "it has .colour."),
         ({"d_model": 10}, "expected a whole S4Model"),
         ({"n_layers": 1}, "expected a whole S4Model"),
         ({"n_layers": 3}, "expected a whole S4Model"),
@@ -667,3 +668,38 @@ def test_stepper_can_be_exported(tokens):
     for u_k in u.unbind(1):
         y, state = program(u_k, state)
     assert relative(y, model(u)) < 1e-5
+
+
+def test_a_refused_call_leaves_the_norm_alone():
+    block = S4Block(4, 8, prenorm=True, norm="batch")
+    before = {k: v.clone() for k, v in block.state_dict().items()}
+    nan, u = torch.full((2, 5, 4), math.nan), torch.ones(2, 5, 4)
+    for wrong in ({"u": nan}, {"u": u, "lengths": torch.tensor([9, 1])}, {"u": u, "state": nan}):
+        with pytest.raises((ValueError, TypeError)):
+            block(**wrong)
+    assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+
+
+def test_a_config_that_lacks_an_argument_is_refused(tmp_path):
+    S4Model(2, 3, 4, 1, 4, pool="last").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text("utf8"))
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "pool"}), "utf8")
+    with pytest.raises(ValueError, match="lacks 'pool'"):
+        S4Model.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["integers", "nan"])
+def test_weights_of_another_kind_are_refused(tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    S4Model(2, 3, 4, 1, 4).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    if damage == "integers":
+        weights = {k: v.to(torch.int64) for k, v in weights.items()}
+    else:
+        weights = {k: v * math.nan for k, v in weights.items()}
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"expected (float32|finite weights)"):
+        S4Model.from_pretrained(tmp_path)
