@@ -15,6 +15,7 @@ from collections import defaultdict
 from functools import partial
 from itertools import dropwhile
 from queue import Empty
+from shutil import which
 
 from jupytext.myst import CODE_DIRECTIVE, get_parser, matches_mystnb, myst_to_notebook
 from nbval.kernel import RunningKernel
@@ -23,6 +24,10 @@ from nbval.plugin import IPyNbCell, IPyNbFile, find_comment_markers, find_metada
 # Threads that wait spin for a moment, then sleep; and each worker gets its
 # share of the cores, instead of a thread for every core.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Without a graphics processor Triton's programs run in its interpreter, which has to be
+# chosen before anything imports triton.
+if not which("nvidia-smi"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))

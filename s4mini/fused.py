@@ -33,7 +33,7 @@ def _points(L: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (2 * Z).to(device, dtype)  # (M, 2)
 
 
-# What the programs use of triton.language, until it takes this place.
+#: What the programs use of triton.language, until that takes its place.
 tl = SimpleNamespace(constexpr="constexpr", static_range=range)
 _PROGRAMS: list[Callable] = []  # functions still to be handed to Triton
 
