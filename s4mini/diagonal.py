@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
 from s4mini.nplr import half_spectrum, nplr
-from s4mini.recurrence import check_lengths
+from s4mini.recurrence import _check_broadcast, check_lengths
 
 __all__ = ["s4d_kernel", "s4d_init", "s4d_step", "s4d_response", "s4d_final_state"]
 
@@ -131,17 +131,6 @@ def _examined(
     shapes = {k: v.shape[:-1] for k, v in tensors.items()}
     _check_broadcast(**shapes, dt=dt.shape, **batches)
     return [dt, *(value.to(kind) for value in tensors.values())]
-
-
-def _check_broadcast(**shapes: torch.Size) -> None:
-    """Refuse batch axes that cannot be broadcast."""
-    try:
-        torch.broadcast_shapes(*shapes.values())
-    except RuntimeError:
-        listed = ", ".join(f"{k} {tuple(s)}" for k, s in shapes.items())
-        raise ValueError(
-            f"batch axes: expected shapes that broadcast, got {listed}"
-        ) from None
 
 
 def s4d_kernel(

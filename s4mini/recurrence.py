@@ -66,7 +66,12 @@ def _check_system(Lambda, P, B, C, dt, **batches) -> Tensor:
     dt = torch.as_tensor(dt, dtype=Lambda.real.dtype, device=Lambda.device)
     shapes = {"Lambda": Lambda.shape[:-1], "P": P.shape[:-2]}
     shapes |= {"B": B.shape[:-1], "C": C.shape[:-1], "dt": dt.shape}
-    shapes |= batches
+    _check_broadcast(**shapes, **batches)
+    return dt
+
+
+def _check_broadcast(**shapes: torch.Size) -> None:
+    """Refuse batch axes that cannot be broadcast."""
     try:
         torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
@@ -74,7 +79,6 @@ def _check_system(Lambda, P, B, C, dt, **batches) -> Tensor:
         raise ValueError(
             f"batch axes: expected shapes that broadcast, got {listed}"
         ) from None
-    return dt
 
 
 def dplr_step(
