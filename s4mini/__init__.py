@@ -4,260 +4,167 @@ A book that starts with x' = Ax + Bu and ends with a network trained on real
 images, in which every formula runs, and the small library that is woven from
 it.
 
-Each module is a chapter of the book:
-
-    checks       Errors that help
-    ssm          State spaces
-    discretize   From time to steps
-    convolve     A recurrence is a convolution
-    hippo        Remembering with N numbers
-    memory       What a fixed matrix remembers
-    diagonalize  The eigenvectors of HiPPO
-    nplr         Normal plus low rank
-    generating   From powers to a resolvent
-    cauchy       Sums of simple fractions
-    kernel       The S4 kernel
-    fused        One program for the kernel
-    recurrence   Stepping in linear time
-    diagonal     Diagonal systems
-    layer        The layer
-    model        The network
-    data         Data as sequences
-    train        Training
-    baselines    What we compare with
-    bench        How we measure
-    figures      How the figures are drawn
-
-``help(s4mini.kernel)`` and the like tell more. Every public name can be imported from
-here or from its module:
-
     >>> import torch
     >>> from s4mini import S4Layer
     >>> layer = S4Layer(d_model=8)
     >>> y, _ = layer(torch.randn(2, 1000, 8))  # (batch, time, channel)
 
-``train`` needs ``pip install "s4mini[train]"``, ``figures`` needs
-``pip install "s4mini[book]"``; the rest needs torch and numpy only, but for
-``data``, which downloads and finds the digits with what ``train`` needs.
+What most people need:
+
+    discretize        Sample x' = A x + B u at step dt by the rule named.
+    scan              Run the recurrence x = A_bar x + B_bar u, y = C x over a sequence.
+    krylov_kernel     Compute the kernel K_l = C A_bar^l B_bar for l = 0 ... L - 1.
+    causal_conv       Convolve sequences with kernels; no output sees a later input.
+    MEASURES
+    hippo             Build the state matrix and input vector of online projection.
+    nplr              Split a HiPPO matrix into normal and low rank, and diagonalise.
+    half_spectrum     Keep one mode of each conjugate pair.
+    dplr_kernel       Return the convolution kernel of a diagonal plus low-rank system.
+    s4d_kernel        Return the convolution kernel of a diagonal system.
+    S4Layer           Run one structured state space system on each channel.
+    S4Block           Wrap an S4 layer: nonlinearity, mixing of channels, residual, norm.
+    S4Model           Read a sequence with a stack of S4 blocks.
+    parameter_groups  Sort parameters into three groups for an optimiser such as AdamW.
+    S4Classifier      Name the class of a sequence. `forward` returns logits (B, K).
+    S4Forecaster      Forecast the next steps of a signal from the steps so far.
+    S4LanguageModel   Score each token as the next one. `forward` returns logits (B, L, V).
+    load              Read or make a data set, as sequences.
+    download          Fetch a data set, unless it is there already.
+    Recipe            A training run, down to the last number that decides its outcome.
+    RECIPES
+    Learner           A model, its data, and the rules by which a recipe trains it.
+    predict           Answer all examples of a split.
+    evaluate          Measure a model on examples of a split.
+    fit               Train a model by a recipe; choose on validation, test once.
+
+Everything else is reached through its module. Each module is a chapter of the book,
+and ``help(s4mini.kernel)`` and the like tell more:
+
+    ssm             State spaces
+    discretization  From time to steps
+    convolve        A recurrence is a convolution
+    projection      Remembering with N numbers
+    memory          What a fixed matrix remembers
+    diagonalize     The eigenvectors of HiPPO
+    lowrank         Normal plus low rank
+    generating      From powers to a resolvent
+    cauchy_sum      Sums of simple fractions
+    kernel          The S4 kernel
+    fused           One program for the kernel
+    recurrence      Stepping in linear time
+    diagonal        Diagonal systems
+    layer           The layer
+    model           The network
+    data            Data as sequences
+    train           Training
+    baselines       What we compare with
+    bench           How we measure
+    checks          Errors that help
+    figures         How the figures are drawn
+
+Training needs ``pip install "s4mini[train]"``, the figures of the book need
+``pip install "s4mini[book]"``; the rest needs torch and numpy only.
 """
 
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from s4mini.baselines import (
-    ATTENTIONS,
-    LSSLLayer,
-    TransformerLayer,
-    attention,
-    fused_attention,
-    linear_attention,
-    lssl_kernel,
-    orthogonal_features,
-    performer_attention,
-    unit_circle_kernel,
-)
-from s4mini.cauchy import cauchy, cauchy_naive, damp, keops_available, nodes
-from s4mini.checks import check_choice, check_int, check_positive, check_tensors
-from s4mini.convolve import causal_conv, krylov_kernel, scan
-from s4mini.diagonal import (
-    s4d_final_state,
-    s4d_init,
-    s4d_kernel,
-    s4d_response,
-    s4d_step,
-)
-from s4mini.diagonalize import legs_eigenvectors
-from s4mini.discretize import discretize, gbt, zoh
-from s4mini.fused import fused_spectrum, tl, triton_available
-from s4mini.generating import generating_function, roots, truncated_C
-from s4mini.hippo import (
-    MEASURES,
-    domain,
-    fourier,
-    hippo,
-    laguerre,
-    legendre,
-    reconstruct,
-)
-from s4mini.kernel import backends, dplr_difference, dplr_kernel
-from s4mini.layer import S4Layer, Stepper, mask_padding, two_sided_conv
-from s4mini.memory import basis, init_dt, measure
-from s4mini.model import (
-    ModelState,
-    ModelStepper,
-    S4Block,
-    S4Classifier,
-    S4Forecaster,
-    S4LanguageModel,
-    S4Model,
-    TiedDropout,
-    parameter_groups,
-)
-from s4mini.nplr import NPLR, half_spectrum, nplr, real_form
-from s4mini.recurrence import (
-    Increments,
-    check_lengths,
-    dplr_increments,
-    dplr_step,
-    final_state,
-    state_as_input,
-    state_response,
-)
-from s4mini.ssm import SSM, change_basis, expm, impulse_response, promote
+if _TYPE_CHECKING:
+    from s4mini.convolve import causal_conv as causal_conv
+    from s4mini.convolve import krylov_kernel as krylov_kernel
+    from s4mini.convolve import scan as scan
+    from s4mini.data import download as download
+    from s4mini.data import load as load
+    from s4mini.diagonal import s4d_kernel as s4d_kernel
+    from s4mini.discretization import discretize as discretize
+    from s4mini.kernel import dplr_kernel as dplr_kernel
+    from s4mini.layer import S4Layer as S4Layer
+    from s4mini.lowrank import half_spectrum as half_spectrum
+    from s4mini.lowrank import nplr as nplr
+    from s4mini.model import S4Block as S4Block
+    from s4mini.model import S4Classifier as S4Classifier
+    from s4mini.model import S4Forecaster as S4Forecaster
+    from s4mini.model import S4LanguageModel as S4LanguageModel
+    from s4mini.model import S4Model as S4Model
+    from s4mini.model import parameter_groups as parameter_groups
+    from s4mini.projection import MEASURES as MEASURES
+    from s4mini.projection import hippo as hippo
+    from s4mini.train import RECIPES as RECIPES
+    from s4mini.train import Learner as Learner
+    from s4mini.train import Recipe as Recipe
+    from s4mini.train import evaluate as evaluate
+    from s4mini.train import fit as fit
+    from s4mini.train import predict as predict
 
-__all__ = [
-    "check_int",
-    "check_positive",
-    "check_choice",
-    "check_tensors",
-    "SSM",
-    "promote",
-    "expm",
-    "impulse_response",
-    "change_basis",
-    "gbt",
-    "zoh",
-    "discretize",
-    "scan",
-    "krylov_kernel",
-    "causal_conv",
-    "legendre",
-    "MEASURES",
-    "domain",
-    "reconstruct",
-    "hippo",
-    "laguerre",
-    "fourier",
-    "measure",
-    "basis",
-    "init_dt",
-    "legs_eigenvectors",
-    "NPLR",
-    "nplr",
-    "half_spectrum",
-    "real_form",
-    "generating_function",
-    "roots",
-    "truncated_C",
-    "nodes",
-    "damp",
-    "cauchy_naive",
-    "cauchy",
-    "keops_available",
-    "dplr_difference",
-    "backends",
-    "dplr_kernel",
-    "tl",
-    "triton_available",
-    "fused_spectrum",
-    "dplr_step",
-    "Increments",
-    "dplr_increments",
-    "state_as_input",
-    "state_response",
-    "check_lengths",
-    "final_state",
-    "s4d_kernel",
-    "s4d_init",
-    "s4d_step",
-    "s4d_response",
-    "s4d_final_state",
-    "two_sided_conv",
-    "mask_padding",
-    "Stepper",
-    "S4Layer",
-    "TiedDropout",
-    "S4Block",
-    "ModelState",
-    "S4Model",
-    "ModelStepper",
-    "parameter_groups",
-    "S4Classifier",
-    "S4Forecaster",
-    "S4LanguageModel",
-    "lssl_kernel",
-    "LSSLLayer",
-    "attention",
-    "fused_attention",
-    "linear_attention",
-    "orthogonal_features",
-    "performer_attention",
-    "ATTENTIONS",
-    "TransformerLayer",
-    "unit_circle_kernel",
-]
-
-# Names that are imported when first asked for: module, and the extra that it needs.
-_LAZY = {
-    "NAMES": ("data", "train"),
-    "data_dir": ("data", "train"),
-    "available": ("data", "train"),
-    "read_cifar10": ("data", "train"),
-    "read_idx": ("data", "train"),
-    "official": ("data", "train"),
-    "raster": ("data", "train"),
-    "reading_order": ("data", "train"),
-    "Batch": ("data", "train"),
-    "SequenceData": ("data", "train"),
-    "ImageData": ("data", "train"),
-    "load": ("data", "train"),
-    "read_wav": ("data", "train"),
-    "SoundData": ("data", "train"),
-    "read_ett": ("data", "train"),
-    "WindowData": ("data", "train"),
-    "LISTOPS": ("data", "train"),
-    "evaluate_listops": ("data", "train"),
-    "draw_listops": ("data", "train"),
-    "SymbolData": ("data", "train"),
-    "draw_pathfinder": ("data", "train"),
-    "download": ("data", "train"),
-    "Recipe": ("train", "train"),
-    "RECIPES": ("train", "train"),
-    "override": ("train", "train"),
-    "split_indices": ("train", "train"),
-    "epoch_order": ("train", "train"),
-    "build": ("train", "train"),
-    "schedule": ("train", "train"),
-    "Learner": ("train", "train"),
-    "save_weights": ("train", "train"),
-    "load_weights": ("train", "train"),
-    "predict": ("train", "train"),
-    "evaluate": ("train", "train"),
-    "Result": ("train", "train"),
-    "fit": ("train", "train"),
-    "summarise": ("train", "train"),
-    "main": ("train", "train"),
-    "time_runs": ("bench", "train"),
-    "peak_memory": ("bench", "train"),
-    "REFERENCES": ("bench", "train"),
-    "Case": ("bench", "train"),
-    "rivals": ("bench", "train"),
-    "prepare": ("bench", "train"),
-    "predicted_bytes": ("bench", "train"),
-    "measure_case": ("bench", "train"),
-    "free_bytes": ("bench", "train"),
-    "run_case": ("bench", "train"),
-    "ratio_table": ("bench", "train"),
-    "provenance": ("bench", "train"),
-    "run_bench": ("bench", "train"),
-    "COLORS": ("figures", "book"),
-    "use_style": ("figures", "book"),
-    "show": ("figures", "book"),
-    "recorded": ("figures", "book"),
+_HOMES = {
+    "discretize": "discretization",
+    "scan": "convolve",
+    "krylov_kernel": "convolve",
+    "causal_conv": "convolve",
+    "MEASURES": "projection",
+    "hippo": "projection",
+    "nplr": "lowrank",
+    "half_spectrum": "lowrank",
+    "dplr_kernel": "kernel",
+    "s4d_kernel": "diagonal",
+    "S4Layer": "layer",
+    "S4Block": "model",
+    "S4Model": "model",
+    "parameter_groups": "model",
+    "S4Classifier": "model",
+    "S4Forecaster": "model",
+    "S4LanguageModel": "model",
+    "load": "data",
+    "download": "data",
+    "Recipe": "train",
+    "RECIPES": "train",
+    "Learner": "train",
+    "predict": "train",
+    "evaluate": "train",
+    "fit": "train",
 }
+_MODULES = (
+    "ssm",
+    "discretization",
+    "convolve",
+    "projection",
+    "memory",
+    "diagonalize",
+    "lowrank",
+    "generating",
+    "cauchy_sum",
+    "kernel",
+    "fused",
+    "recurrence",
+    "diagonal",
+    "layer",
+    "model",
+    "data",
+    "train",
+    "baselines",
+    "bench",
+    "checks",
+    "figures",
+)
+_EXTRAS = {"matplotlib": "book", "plotly": "book", "sympy": "book", "triton": "triton"}
 
 
-def __getattr__(name):
+def __getattr__(name: str):
     if name == "__version__":
         return _version("s4mini")
-    module, extra = _LAZY.get(name, (name, None))
-    if module not in {home for home, _ in _LAZY.values()}:
+    module = _HOMES.get(name, name)
+    if module not in _MODULES:
         raise AttributeError(f"module 's4mini' has no attribute {name!r}")
     try:
         found = _import_module(f"s4mini.{module}")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f's4mini.{name} needs {error.name}: pip install "s4mini[{extra or "book"}]"',
-            name=error.name,
-        ) from error
-    return getattr(found, name) if name in _LAZY else found
+        needed = (error.name or "").partition(".")[0]
+        extra = _EXTRAS.get(needed, "train")
+        said = f's4mini.{name} needs {needed}: pip install "s4mini[{extra}]"'
+        raise ModuleNotFoundError(said, name=error.name) from error
+    return getattr(found, name) if name in _HOMES else found
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, "__version__"])

@@ -17,9 +17,9 @@ from torch import Generator, Tensor, nn
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
 from s4mini.convolve import causal_conv
-from s4mini.discretize import discretize
-from s4mini.hippo import hippo
+from s4mini.discretization import discretize
 from s4mini.memory import init_dt
+from s4mini.projection import hippo
 
 __all__ = [
     "lssl_kernel",

@@ -40,9 +40,9 @@ from s4mini.baselines import (
 from s4mini.checks import check_choice, check_int, check_positive
 from s4mini.kernel import backends, dplr_kernel
 from s4mini.layer import S4Layer
+from s4mini.lowrank import half_spectrum, nplr
 from s4mini.memory import init_dt
 from s4mini.model import S4Block, S4Model, parameter_groups
-from s4mini.nplr import half_spectrum, nplr
 
 __all__ = [
     "time_runs",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
-from s4mini.nplr import half_spectrum, nplr
+from s4mini.lowrank import half_spectrum, nplr
 from s4mini.recurrence import _check_broadcast, check_lengths
 
 __all__ = ["s4d_kernel", "s4d_init", "s4d_step", "s4d_response", "s4d_final_state"]

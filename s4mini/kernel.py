@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from s4mini.cauchy import (
+from s4mini.cauchy_sum import (
     _by_pieces,
     _cauchy_keops,
     _cauchy_naive,

@@ -21,10 +21,10 @@ from s4mini.diagonal import (
     s4d_response,
     s4d_step,
 )
-from s4mini.hippo import MEASURES
 from s4mini.kernel import _BACKENDS, dplr_kernel
+from s4mini.lowrank import half_spectrum, nplr
 from s4mini.memory import init_dt
-from s4mini.nplr import half_spectrum, nplr
+from s4mini.projection import MEASURES
 from s4mini.recurrence import (
     Increments,
     _advance,

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
-from s4mini.hippo import MEASURES, hippo, laguerre, legendre
+from s4mini.projection import MEASURES, hippo, laguerre, legendre
 
 __all__ = ["measure", "basis", "init_dt"]
 

@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from s4mini.checks import check_choice, check_int, check_positive
 from s4mini.data import NAMES, SequenceData, load
-from s4mini.hippo import MEASURES
 from s4mini.model import S4Forecaster, S4Model, parameter_groups
+from s4mini.projection import MEASURES
 
 __all__ = [
     "Recipe",

@@ -21,12 +21,12 @@ from s4mini.baselines import (
     performer_attention,
     unit_circle_kernel,
 )
-from s4mini.cauchy import keops_available
+from s4mini.cauchy_sum import keops_available
 from s4mini.convolve import krylov_kernel, scan
-from s4mini.discretize import discretize
-from s4mini.hippo import hippo
+from s4mini.discretization import discretize
 from s4mini.kernel import dplr_kernel
-from s4mini.nplr import half_spectrum, nplr, real_form
+from s4mini.lowrank import half_spectrum, nplr, real_form
+from s4mini.projection import hippo
 
 
 def heads(*shape, dtype=torch.float64, seed=0):

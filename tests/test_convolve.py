@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s4mini.convolve import _fft_length, causal_conv, krylov_kernel, scan
-from s4mini.discretize import discretize
+from s4mini.discretization import discretize
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 few = settings(deadline=None, max_examples=25)

@@ -19,9 +19,9 @@ from s4mini.diagonal import (
     s4d_response,
     s4d_step,
 )
-from s4mini.discretize import discretize
-from s4mini.hippo import hippo
-from s4mini.nplr import nplr, real_form
+from s4mini.discretization import discretize
+from s4mini.lowrank import nplr, real_form
+from s4mini.projection import hippo
 
 INITS, METHODS = ("legs", "lin", "inv", "real"), ("zoh", "bilinear")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s4mini.diagonalize import _ballot, legs_eigenvectors
-from s4mini.hippo import hippo
+from s4mini.projection import hippo
 
 
 @given(st.integers(0, 80), st.integers(0, 80))

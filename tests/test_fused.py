@@ -13,7 +13,7 @@ import torch
 from s4mini import fused
 from s4mini.fused import fused_spectrum, triton_available
 from s4mini.kernel import dplr_kernel
-from s4mini.nplr import half_spectrum, nplr
+from s4mini.lowrank import half_spectrum, nplr
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

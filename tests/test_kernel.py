@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.cauchy import keops_available
+from s4mini.cauchy_sum import keops_available
 from s4mini.convolve import krylov_kernel
-from s4mini.discretize import discretize
-from s4mini.hippo import hippo
+from s4mini.discretization import discretize
 from s4mini.kernel import backends, dplr_difference, dplr_kernel
-from s4mini.nplr import half_spectrum, nplr, real_form
+from s4mini.lowrank import half_spectrum, nplr, real_form
+from s4mini.projection import hippo
 
 kernel = sys.modules["s4mini.kernel"]  # the module, whatever the package calls so
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s4mini.convolve import krylov_kernel
-from s4mini.discretize import discretize
-from s4mini.hippo import hippo
+from s4mini.discretization import discretize
 from s4mini.layer import S4Layer, mask_padding, two_sided_conv
+from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
-from s4mini.nplr import half_spectrum, nplr, real_form
+from s4mini.projection import hippo
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 LOW_RANK = ("legs", "legt", "lagt", "fout", "random")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.hippo import MEASURES, fourier, hippo, laguerre, legendre
 from s4mini.memory import basis, init_dt, measure
+from s4mini.projection import MEASURES, fourier, hippo, laguerre, legendre
 
 
 @pytest.mark.parametrize("name", MEASURES)

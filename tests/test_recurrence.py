@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s4mini.convolve import causal_conv, scan
-from s4mini.discretize import discretize
-from s4mini.hippo import hippo
+from s4mini.discretization import discretize
 from s4mini.kernel import dplr_kernel
-from s4mini.nplr import half_spectrum, nplr, real_form
+from s4mini.lowrank import half_spectrum, nplr, real_form
+from s4mini.projection import hippo
 from s4mini.recurrence import (
     _advance,
     check_lengths,

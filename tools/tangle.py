@@ -159,82 +159,131 @@ def render_module(module: Module) -> str:
     docstring = f"{module.title}.\n\n{summary}\n\nTangled from book/{module.name}.md."
     head = f'"""{docstring}\n"""'
     listing = "__all__ = [" + ", ".join(f'"{name}"' for name in public) + "]"
-    return ruff("\n\n".join([head, "\n".join(module.imports), listing, *module.bodies]) + "\n")
+    bodies = [name_the_chapter(body, module.name) for body in module.bodies]
+    return ruff("\n\n".join([head, "\n".join(module.imports), listing, *bodies]) + "\n")
+
+
+def name_the_chapter(body: str, chapter: str) -> str:
+    """End the docstring of each public definition with the chapter it comes from."""
+    lines = body.split("\n")
+    for node in reversed(ast.parse(body).body):
+        defines = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        if not defines or node.name.startswith("_") or ast.get_docstring(node) is None:
+            continue
+        text = node.body[0].value
+        first, last = text.lineno - 1, text.end_lineno - 1
+        indent, rest = " " * text.col_offset, lines[last][: text.end_col_offset - 3].rstrip()
+        told = [*lines[first:last], *([rest] if rest else [])]
+        if any(line.lstrip().startswith("Source: ") for line in told):
+            cited, here = f"{told[-1].rstrip('.')};", f"book/{chapter}.md."
+            fits = len(f"{cited} {here}") <= 80
+            told[-1:] = [f"{cited} {here}"] if fits else [cited, indent + here]
+        else:
+            told += ["", f"{indent}Source: book/{chapter}.md."]
+        lines[first : last + 1] = [*told, f'{indent}"""']
+    return "\n".join(lines)
+
+
+def first_sentences(module: Module) -> dict[str, str]:
+    """Return the first line of the docstring of each definition that has one."""
+    nodes = [node for body in module.bodies for node in ast.parse(body).body]
+    kinds = ast.FunctionDef | ast.ClassDef
+    return {
+        node.name: (ast.get_docstring(node) or "").partition("\n")[0]
+        for node in nodes
+        if isinstance(node, kinds)
+    }
 
 
 def render_init(modules: list[Module], root: Path) -> str:
-    """Return the text of ``s4mini/__init__.py``: the public names, and what they need."""
+    """Return the text of ``s4mini/__init__.py``: the face of the package, loaded when asked for."""
     intro = myst_to_notebook((root / "book" / "intro.md").read_text("utf8"))
     _, summary = title_and_summary(intro)
-    public = {m.name: [n for n in m.names if not n.startswith("_")] for m in modules}
-    core = [m.name for m in modules if m.name not in EXTRAS and public[m.name]]
+    homes = {name: m.name for m in modules for name in m.names if name in FACE}
+    said = {name: text for m in modules for name, text in first_sentences(m).items()}
+    wide = max((len(name) for name in homes), default=0)
     width = max((len(m.name) for m in modules), default=0)
+    typed = {m.name: [n for n in m.names if n in FACE] for m in modules}
+    imports = "\n".join(
+        f"    from s4mini.{m} import {', '.join(f'{n} as {n}' for n in names)}"
+        for m, names in typed.items()
+        if names
+    )
     return ruff(
         INIT.format(
             summary=textwrap.fill(summary, 80, break_on_hyphens=False),
+            face="\n".join(f"    {n:<{wide}}  {said.get(n, '')}".rstrip() for n in homes),
             table="\n".join(f"    {m.name:<{width}}  {m.title}" for m in modules),
-            imports="\n".join(f"from s4mini.{m} import {', '.join(public[m])}" for m in core),
-            listing=", ".join(f'"{name}"' for m in core for name in public[m]),
-            extras="\n".join(
-                f'    "{name}": ("{m}", "{extra}"),'
-                for m, extra in EXTRAS.items()
-                for name in public.get(m, [])
-            ),
+            imports=imports or "    pass",
+            homes="\n".join(f'    "{name}": "{home}",' for name, home in homes.items()),
+            modules=", ".join(f'"{m.name}"' for m in modules),
         )
     )
 
 
-# Modules that are imported when first asked for, and the extra that brings what they need.
-EXTRAS = {"data": "train", "train": "train", "bench": "train", "figures": "book"}
+# What ``import s4mini`` shows; everything else is reached through its module.
+FACE = """
+    hippo discretize scan krylov_kernel causal_conv
+    nplr half_spectrum dplr_kernel s4d_kernel MEASURES
+    S4Layer S4Block S4Config S4Model S4Classifier S4Forecaster S4LanguageModel
+    parameter_groups from_official
+    Source load download Recipe RECIPES Learner fit evaluate predict
+""".split()
 
 INIT = '''"""s4mini: structured state space models, from the book that derives them.
 
 {summary}
-
-Each module is a chapter of the book:
-
-{table}
-
-``help(s4mini.kernel)`` and the like tell more. Every public name can be imported from
-here or from its module:
 
     >>> import torch
     >>> from s4mini import S4Layer
     >>> layer = S4Layer(d_model=8)
     >>> y, _ = layer(torch.randn(2, 1000, 8))  # (batch, time, channel)
 
-``train`` needs ``pip install "s4mini[train]"``, ``figures`` needs
-``pip install "s4mini[book]"``; the rest needs torch and numpy only, but for
-``data``, which downloads and finds the digits with what ``train`` needs.
+What most people need:
+
+{face}
+
+Everything else is reached through its module. Each module is a chapter of the book,
+and ``help(s4mini.kernel)`` and the like tell more:
+
+{table}
+
+Training needs ``pip install "s4mini[train]"``, the figures of the book need
+``pip install "s4mini[book]"``; the rest needs torch and numpy only.
 """
 
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+if _TYPE_CHECKING:
 {imports}
 
-__all__ = [{listing}]
-
-# Names that are imported when first asked for: module, and the extra that it needs.
-_LAZY = {{
-{extras}
+_HOMES = {{
+{homes}
 }}
+_MODULES = ({modules},)
+_EXTRAS = {{"matplotlib": "book", "plotly": "book", "sympy": "book", "triton": "triton"}}
 
 
-def __getattr__(name):
+def __getattr__(name: str):
     if name == "__version__":
         return _version("s4mini")
-    module, extra = _LAZY.get(name, (name, None))
-    if module not in {{home for home, _ in _LAZY.values()}}:
+    module = _HOMES.get(name, name)
+    if module not in _MODULES:
         raise AttributeError(f"module 's4mini' has no attribute {{name!r}}")
     try:
         found = _import_module(f"s4mini.{{module}}")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f's4mini.{{name}} needs {{error.name}}: pip install "s4mini[{{extra or "book"}}]"',
-            name=error.name,
-        ) from error
-    return getattr(found, name) if name in _LAZY else found
+        needed = (error.name or "").partition(".")[0]
+        extra = _EXTRAS.get(needed, "train")
+        said = f's4mini.{{name}} needs {{needed}}: pip install "s4mini[{{extra}}]"'
+        raise ModuleNotFoundError(said, name=error.name) from error
+    return getattr(found, name) if name in _HOMES else found
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, "__version__"])
 '''
 
 

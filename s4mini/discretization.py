@@ -4,7 +4,7 @@ A computer sees samples. Four rules turn the differential equation into a recurr
 and they differ in accuracy, in stability, and in what they assume about the input
 between two samples.
 
-Tangled from book/discretize.md.
+Tangled from book/discretization.md.
 """
 
 import torch
@@ -64,7 +64,7 @@ def gbt(
         ValueError: shapes do not fit, an argument is out of range, or
             I - alpha dt A is singular.
 
-    Source: Gu et al. 2021, eq. 3; book/discretize.md.
+    Source: Gu et al. 2021, eq. 3; book/discretization.md.
     """
     _check_alpha("alpha", alpha)
     dtA, dtB = _prepare(A, B, dt)
@@ -95,7 +95,8 @@ def zoh(A: Tensor, B: Tensor, dt: float | Tensor) -> tuple[Tensor, Tensor]:
         TypeError: an argument is of a wrong type or dtype.
         ValueError: shapes do not fit, or dt is out of range.
 
-    Source: book/discretize.md, the lemma that a hold is a state.
+    Source: book/discretization.md, the lemma that a hold is a state;
+    book/discretization.md.
     """
     dtA, dtB = _prepare(A, B, dt)
     N = dtA.shape[-1]
@@ -131,7 +132,7 @@ def discretize(
         ValueError: shapes do not fit, an argument is out of range, the
             method is unknown, or I - alpha dt A is singular.
 
-    Source: Gu et al. 2022a, eq. 3; book/discretize.md.
+    Source: Gu et al. 2022a, eq. 3; book/discretization.md.
     """
     if isinstance(method, str):
         check_choice("method", method, [*_ALPHAS, "zoh"])

@@ -3,7 +3,7 @@
 For a diagonal matrix the resolvent is a sum of simple fractions. Here it is written
 without a pole at the nodes, and in real numbers only.
 
-Tangled from book/cauchy.md.
+Tangled from book/cauchy_sum.md.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ def nodes(
         TypeError: L is no integer, or dtype is not real floating.
         ValueError: L < 1.
 
-    Source: book/cauchy.md.
+    Source: book/cauchy_sum.md.
     """
     L = check_int("L", L)
     if not dtype.is_floating_point:
@@ -72,7 +72,7 @@ def damp(Lambda: Tensor, v: Tensor, L: int) -> tuple[Tensor, Tensor]:
         TypeError: Lambda or v is not a tensor of numbers, or L no integer.
         ValueError: shapes do not agree, an entry is not finite, or L < 1.
 
-    Source: book/cauchy.md.
+    Source: book/cauchy_sum.md.
     """
     L = check_int("L", L)
     check_tensors(Lambda=(Lambda, "... n"), v=(v, "... n"))
@@ -119,7 +119,7 @@ def cauchy_naive(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
         TypeError: an argument is not a tensor of the kind above.
         ValueError: shapes do not agree, or an entry is not finite.
 
-    Source: Gu et al. 2022a, algorithm 1, line 2; book/cauchy.md.
+    Source: Gu et al. 2022a, algorithm 1, line 2; book/cauchy_sum.md.
     """
     return _cauchy_naive(*_checked(v, Lambda, x, y))
 
@@ -270,7 +270,7 @@ def cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
         TypeError: an argument is not a tensor of the kind above.
         ValueError: shapes do not agree, or an entry is not finite.
 
-    Source: Gu et al. 2022a, algorithm 1, line 2; book/cauchy.md.
+    Source: Gu et al. 2022a, algorithm 1, line 2; book/cauchy_sum.md.
     """
     return _cauchy(*_checked(v, Lambda, x, y))
 
@@ -299,7 +299,7 @@ def _cauchy_keops(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def keops_available() -> str:
     """Return why KeOps cannot be used here, or an empty string.
 
-    Source: book/cauchy.md.
+    Source: book/cauchy_sum.md.
     """
     if importlib.util.find_spec("pykeops") is None:
         return 'pykeops is not installed: pip install "s4mini[keops]"'

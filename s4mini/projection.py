@@ -3,7 +3,7 @@
 The best summary of the past in N numbers obeys a linear differential equation, whose
 matrix we derive, check and use for four ideas of what best means.
 
-Tangled from book/hippo.md.
+Tangled from book/projection.md.
 """
 
 import math
@@ -38,7 +38,7 @@ def legendre(N: int, xi: Tensor) -> Tensor:
         TypeError: N is not an integer, or xi not a real floating tensor.
         ValueError: N < 1, or an entry of xi is not finite.
 
-    Source: Szego 1939, section 4.5; book/hippo.md.
+    Source: Szego 1939, section 4.5; book/projection.md.
     """
     N = check_int("N", N)
     check_tensors(xi=(xi, "real ..."))
@@ -89,7 +89,7 @@ def domain(measure: str, t: float) -> tuple[float, float]:
         TypeError: t is not a number.
         ValueError: the measure is unknown, or t is not one finite number > 0.
 
-    Source: book/hippo.md.
+    Source: book/projection.md.
     """
     check_choice("measure", measure, MEASURES)
     check_positive("t", t)
@@ -118,7 +118,7 @@ def reconstruct(measure: str, x: Tensor, t: float, s: Tensor) -> Tensor:
             has a wrong shape or entries that are not finite, or a time is
             outside the domain.
 
-    Source: Gu et al. 2020, section 2; book/hippo.md.
+    Source: Gu et al. 2020, section 2; book/projection.md.
     """
     first, last = domain(measure, t)
     N = check_tensors(x=(x, "real ... N"), s=(s, "real S"))["N"]
@@ -161,7 +161,7 @@ def hippo(measure: str, N: int) -> tuple[Tensor, Tensor]:
 
     Source: Gu et al. 2020, theorem 1 (LegT, LagT); Gu et al. 2022a, eq. 2
         (LegS); Gu et al. 2023 (FouT), all with the sign of x' = Ax + Bu;
-        book/hippo.md.
+    book/projection.md.
     """
     check_choice("measure", measure, MEASURES)
     N = check_int("N", N)
@@ -200,7 +200,7 @@ def laguerre(N: int, r: Tensor) -> Tensor:
         TypeError: N is not an integer, or r not a real floating tensor.
         ValueError: N < 1, or an entry of r is negative or not finite.
 
-    Source: Szego 1939, section 5.1; book/hippo.md.
+    Source: Szego 1939, section 5.1; book/projection.md.
     """
     N = check_int("N", N)
     check_tensors(r=(r, "real ..."))
@@ -239,7 +239,7 @@ def fourier(N: int, r: Tensor) -> Tensor:
         TypeError: N is not an integer, or r not a real floating tensor.
         ValueError: N < 1, or an entry of r is not finite.
 
-    Source: book/hippo.md.
+    Source: book/projection.md.
     """
     N = check_int("N", N)
     check_tensors(r=(r, "real ..."))

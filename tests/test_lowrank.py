@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.hippo import MEASURES, hippo
-from s4mini.nplr import NPLR, half_spectrum, nplr, real_form
+from s4mini.lowrank import NPLR, half_spectrum, nplr, real_form
+from s4mini.projection import MEASURES, hippo
 
 
 def random_half(generator, n, r, batch=()):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.hippo import MEASURES, domain, fourier, hippo, laguerre, legendre, reconstruct
+from s4mini.projection import MEASURES, domain, fourier, hippo, laguerre, legendre, reconstruct
 
 
 def quadrature(N):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.discretize import discretize, gbt, zoh
+from s4mini.discretization import discretize, gbt, zoh
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 METHODS = ["euler", "backward_euler", "bilinear", "zoh", 0.7]

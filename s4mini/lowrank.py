@@ -3,7 +3,7 @@
 The HiPPO matrices cannot safely be made diagonal, but after adding a matrix of rank one
 or two they can: by a unitary change of basis that loses no accuracy at any size.
 
-Tangled from book/nplr.md.
+Tangled from book/lowrank.md.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from s4mini.checks import check_int, check_tensors
-from s4mini.hippo import hippo
+from s4mini.projection import hippo
 from s4mini.ssm import promote
 
 __all__ = ["NPLR", "nplr", "half_spectrum", "real_form"]
@@ -45,7 +45,7 @@ class NPLR(NamedTuple):
         B: (N,) the input vector.
         V: (N, N) unitary, the eigenvectors in its columns.
 
-    Source: Gu et al. 2022a, Theorem 1; book/nplr.md.
+    Source: Gu et al. 2022a, Theorem 1; book/lowrank.md.
     """
 
     Lambda: Tensor
@@ -71,7 +71,7 @@ def nplr(measure: str, N: int) -> NPLR:
         TypeError: N is not an integer.
         ValueError: the measure is unknown, or N < 1.
 
-    Source: Gu et al. 2022a, Theorem 1; book/nplr.md.
+    Source: Gu et al. 2022a, Theorem 1; book/lowrank.md.
     """
     A, B = hippo(measure, N)
     P = _low_rank_part(measure, B)  # (N, r)
@@ -113,7 +113,7 @@ def half_spectrum(system: NPLR) -> NPLR:
         ValueError: a shape is wrong, N is odd, or the modes do not come in
             pairs.
 
-    Source: book/nplr.md.
+    Source: book/lowrank.md.
     """
     if not isinstance(system, NPLR):
         kind = type(system).__name__
@@ -157,7 +157,7 @@ def real_form(
         TypeError: an argument is not a floating or complex tensor.
         ValueError: shapes do not agree, or an entry is not finite.
 
-    Source: book/nplr.md.
+    Source: book/lowrank.md.
     """
     half = {"Lambda": Lambda, "P": P, "B": B, "C": C}
     axes = {"P": "... n r"}

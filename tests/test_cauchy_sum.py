@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.cauchy import cauchy, cauchy_naive, damp, nodes
+from s4mini.cauchy_sum import cauchy, cauchy_naive, damp, nodes
 from s4mini.generating import roots
 
-chapter = sys.modules["s4mini.cauchy"]  # s4mini.cauchy is the function
+chapter = sys.modules["s4mini.cauchy_sum"]  # s4mini.cauchy_sum is the function
 
 
 def sums(*batch, k=3, n=4, seed=0, dtype=torch.complex128):
