@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s4mini.checks import check_tensors
 
-__all__ = ["SSM", "promote", "expm", "impulse_response", "change_basis"]
+__all__ = ["SSM", "promote", "expm", "impulse_response", "change_basis", "response"]
 
 
 class SSM(NamedTuple):
@@ -157,3 +157,32 @@ def change_basis(system: SSM, V: Tensor) -> SSM:
     except torch.linalg.LinAlgError as error:
         raise ValueError("V: expected an invertible matrix") from error
     return SSM(new[:, :-1], new[:, -1], C @ V, system.D)
+
+
+def response(A: Tensor, B: Tensor, z: Tensor) -> Tensor:
+    """Evaluate the state's response (zI - A)^-1 B to an input e^{zt}.
+
+    Args:
+        A: (N, N) state matrix, in 1/time.
+        B: (N,) input vector, in state/(input * time).
+        z: (Z,) numbers, in 1/time, none an eigenvalue of A.
+
+    Returns:
+        (Z, N) complex: the state is response * e^{zt}. Its product with C
+        is the transfer function.
+
+    Raises:
+        TypeError: an argument is no tensor in single or double precision.
+        ValueError: shapes do not fit, or z holds an eigenvalue of A.
+
+    Source: book/ssm.md.
+    """
+    check_tensors(A=(A, "N N"), B=(B, "N"), z=(z, "Z"))
+    i = torch.tensor(1j, dtype=torch.complex64)
+    A, B, z, _ = promote(A=A, B=B, z=z, i=i)  # complex, whatever z is
+    eye = torch.eye(len(B), dtype=A.dtype, device=A.device)
+    M = z[:, None, None] * eye - A  # (Z, N, N)
+    try:
+        return torch.linalg.solve(M, B.expand(len(z), -1))
+    except torch.linalg.LinAlgError as error:
+        raise ValueError("z: expected no eigenvalue of A") from error

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.ssm import SSM, change_basis, expm, impulse_response, promote
+from s4mini.ssm import SSM, change_basis, expm, impulse_response, promote, response
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 few = settings(deadline=None, max_examples=20)
@@ -58,14 +58,19 @@ def test_expm_of_a_nilpotent_matrix_is_its_polynomial():
 
 
 def test_expm_of_a_batch_is_the_batch_of_exponentials():
-    batch = torch.stack([random_system(5, k).A * 10.0 ** (k - 4) for k in range(7)])
-    alone = torch.stack([expm(M) for M in batch])
-    assert torch.equal(expm(batch), alone)
-    assert torch.equal(expm(batch.reshape(7, 1, 5, 5)), alone[:, None])
+    # Products are summed in another order in a batch. The exponential of M changes by
+    # about ||M|| roundings, and each of up to 16 squarings doubles an error at most.
+    scales = 10.0 ** torch.arange(-4.0, 3.0, dtype=torch.float64)
+    batch = torch.stack([random_system(5, k).A * scale for k, scale in enumerate(scales)])
+    together = expm(batch)
+    assert torch.allclose(expm(batch.reshape(7, 1, 5, 5))[:, 0], together, rtol=1e-13, atol=0)
+    for M, E, scale in zip(batch, together, scales, strict=True):
+        ulps = 64 * max(1.0, scale.item()) * torch.finfo(M.dtype).eps
+        assert (E - expm(M)).abs().max() <= ulps * E.abs().max()
 
 
 def test_expm_of_zero_and_its_gradient():
-    assert torch.equal(expm(torch.zeros(3, 3)), torch.eye(3))
+    assert torch.allclose(expm(torch.zeros(3, 3)), torch.eye(3), rtol=0, atol=1e-7)
     M = random_system(3, 0, torch.complex128).A.requires_grad_()
     assert torch.autograd.gradcheck(expm, (M,))
 
@@ -118,6 +123,43 @@ def test_impulse_response_has_gradients():
     t = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (A, B, C)]
     assert torch.autograd.gradcheck(lambda *s: impulse_response(SSM(*s), t), inputs)
+
+
+# --- the response to an exponential
+
+
+@few
+@given(N=st.integers(1, 8), seed=st.integers(0, 10**6), imag=st.floats(-9, 9))
+def test_response_solves_the_equation(N, seed, imag):
+    A, B, _, _ = random_system(N, seed)
+    z = torch.tensor([complex(0.5, imag)], dtype=torch.complex128)
+    X = response(A, B, z)[0]
+    assert (z[0] * X - A @ X.real - 1j * (A @ X.imag) - B).abs().max() < 1e-11
+
+
+def test_response_is_the_transform_of_the_impulse_response():
+    system = random_system(5, 4)._replace(C=torch.eye(5, dtype=torch.float64)[2])
+    nodes, weights = map(torch.tensor, np.polynomial.legendre.leggauss(200))
+    r, w = 30 * (nodes + 1), 30 * weights  # to age 60
+    K = impulse_response(system, r)
+    z = torch.tensor([0.0, 0.7, 0.2], dtype=torch.float64) + 1j * torch.tensor([0.0, 0.0, 2.5])
+    integral = (w * K * torch.exp(-z[:, None] * r)).sum(-1)
+    assert (response(system.A, system.B, z)[:, 2] - integral).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_response_is_complex_and_as_precise_as_its_arguments(dtype):
+    A, B, _, _ = random_system(3, 0, dtype)
+    double = dtype in (torch.float64, torch.complex128)
+    expected = torch.complex128 if double else torch.complex64
+    assert response(A, B, torch.ones(2)).dtype == expected
+    assert response(A, B, torch.ones(2) + 1j).shape == (2, 3)
+
+
+def test_response_has_gradients():
+    A, B, _, _ = random_system(3, 1)
+    z = torch.tensor([1j, 0.5], dtype=torch.complex128)
+    assert torch.autograd.gradcheck(response, [x.requires_grad_() for x in (A, B, z)])
 
 
 # --- the change of coordinates
@@ -179,6 +221,11 @@ BAD = [
     (TypeError, "M: ", lambda: expm(torch.eye(2).half())),
     (ValueError, "M: ", lambda: expm(torch.ones(2, 3))),
     (ValueError, "M: ", lambda: expm(torch.full((2, 2), math.inf))),
+    (TypeError, "z: ", lambda: response(good.A, good.B, 1j)),
+    (ValueError, "z: ", lambda: response(good.A, good.B, torch.ones(()))),
+    (ValueError, "z: ", lambda: response(torch.eye(3), torch.ones(3), torch.ones(2))),
+    (ValueError, "A: ", lambda: response(good.A[:2], good.B, torch.ones(2))),
+    (ValueError, "B: ", lambda: response(good.A, good.B[:2], torch.ones(2))),
     (TypeError, "a: ", lambda: promote(a=torch.ones(1).bfloat16())),
     (TypeError, "a: ", lambda: promote(a=torch.arange(3))),
     (TypeError, "a: ", lambda: promote(a=1.0)),
