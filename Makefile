@@ -16,10 +16,7 @@ book: $(VENV)/.ready
 	@$(BIN)/python tools/tangle.py
 	@$(BIN)/python tools/build.py
 
-test: $(VENV)/.ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python tools/tangle.py --check
+test: $(VENV)/.ready check
 	$(BIN)/python -m pytest
 
 lab: $(VENV)/.ready
@@ -36,6 +33,8 @@ data: $(VENV)/.ready
 	$(BIN)/python -m s4mini.data
 
 check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python tools/tangle.py --check
 
 clean:
@@ -43,7 +42,7 @@ clean:
 
 # The environment, made anew when what it should hold has changed.
 $(VENV)/.ready: requirements.txt constraints.txt pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed')"
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, found %d.%d.%d; name it with make PYTHON=...' % tuple(v[:3]))"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .

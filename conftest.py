@@ -17,9 +17,11 @@ from itertools import dropwhile
 from queue import Empty
 from shutil import which
 
-from jupytext.myst import CODE_DIRECTIVE, get_parser, matches_mystnb, myst_to_notebook
+from jupytext.myst import matches_mystnb, myst_to_notebook
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile, find_comment_markers, find_metadata_tags
+
+from tools.cells import code_cells, has_cells
 
 # Threads that wait spin for a moment, then sleep; and each worker gets its
 # share of the cores, instead of a thread for every core.
@@ -43,7 +45,7 @@ def pytest_collect_file(file_path, parent):
     if not on or file_path.suffix != ".md":
         return None
     text = file_path.read_text("utf8")
-    if CODE_DIRECTIVE not in text or not matches_mystnb(text):
+    if not has_cells(text) or not matches_mystnb(text):
         return None
     return Chapter.from_parent(parent, path=file_path)
 
@@ -58,21 +60,19 @@ class Chapter(IPyNbFile):
     def collect(self):
         text = self.path.read_text("utf8")
         self.nb = myst_to_notebook(text)
-        cells = [cell for cell in self.nb.cells if cell.cell_type == "code"]
-        for number, (cell, fence) in enumerate(zip(cells, code_fences(text), strict=True)):
+        for number, (cell, fence, first) in enumerate(code_cells(text, self.nb)):
             options = defaultdict(bool, find_metadata_tags(cell.metadata))
             options.update(find_comment_markers(cell.source))
             options.setdefault("check", self.compare_outputs)
-            first, last = fence.map  # counted from 0; last is the line after the closing fence
             item = ChapterCell.from_parent(
                 self,
-                name=f"{self.path.stem}:{first + 1}",
+                name=f"{self.path.stem}:{fence}",
                 cell_num=number,
                 cell=cell,
                 options=options,
             )
-            item.fence_line = first + 1
-            item.code_line = last - len(code_lines(cell))
+            item.fence_line = fence
+            item.code_line = first + cell.source.count("\n") + 1 - len(code_lines(cell))
             item.output_timeout = 60  # seconds: a busy machine is slow to hand over output
             yield item
 
@@ -116,12 +116,3 @@ def wait_for_message(kernel, stream, timeout=None):
                 raise RuntimeError("the kernel died") from None
             if timeout is not None and time.monotonic() > deadline:
                 raise
-
-
-def code_fences(text):
-    """Return the tokens of the code cells that jupytext sees in a page, in order."""
-    return [
-        token
-        for token in get_parser().parse(text + "\n")
-        if token.type == "fence" and token.level == 0 and token.info.startswith(CODE_DIRECTIVE)
-    ]

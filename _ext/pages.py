@@ -7,26 +7,19 @@
 * A figure's ``alt`` text reaches its image, and figures without one are a warning.
 """
 
-import ast
 import os
+import sys
 from pathlib import Path
 from shutil import copy2
 
 from docutils import nodes
 from sphinx.util import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.cells import public_names
+
 logger = logging.getLogger(__name__)
-
-
-def exported_names(source: str) -> list[str]:
-    """Return the public functions, classes and constants that a cell defines."""
-    names = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.append(node.name)
-        elif isinstance(node, ast.Assign):
-            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
-    return [name for name in names if not name.startswith("_")]
 
 
 def add_badges(app, doctree, docname):
@@ -38,7 +31,7 @@ def add_badges(app, doctree, docname):
         if "tag_export" not in cell.get("classes", []):
             continue
         code = next(cell.findall(nodes.literal_block), None)
-        names = exported_names(code.astext()) if code is not None else []
+        names = public_names(code.astext()) if code is not None else []
         links = [
             f'<a id="def-{name}" href="{api_address(app, docname, f"{module}.{name}")}" '
             f'title="{module}.{name} in the API">{module}.{name}</a>'

@@ -68,6 +68,7 @@ Training needs ``pip install "s4mini[train]"``, the figures of the book need
 
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
@@ -147,6 +148,9 @@ _MODULES = (
     "checks",
     "figures",
 )
+_NEEDS = {
+    "train": ("lightning", "safetensors", "tqdm"),
+}
 _EXTRAS = {"matplotlib": "book", "plotly": "book", "sympy": "book", "triton": "triton"}
 
 
@@ -167,4 +171,8 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "__version__"])
+    here = {home for home, needed in _NEEDS.items() if all(map(_find_spec, needed))}
+    names = [
+        name for name, home in _HOMES.items() if home in here or home not in _NEEDS
+    ]
+    return sorted([*names, "__version__"])

@@ -100,6 +100,7 @@ def run_pytest(folder, *arguments):
 def little_book(folder):
     (folder / "book").mkdir()
     shutil.copy(ROOT / "conftest.py", folder)
+    shutil.copytree(ROOT / "tools", folder / "tools")
     for name, text in PAGES.items():
         (folder / "book" / f"{name}.md").write_text(FRONT + dedent(text), "utf8")
     (folder / "README.md").write_text("# Not a chapter\n\n```{code-cell} ipython3\n1 / 0\n```\n")

@@ -120,7 +120,10 @@ def test_a_module_reads_as_if_written_by_hand(book):
 
 
         def second(x: Tensor) -> Tensor:
-            """Return pi x."""
+            """Return pi x.
+
+            Source: book/gains.md.
+            """
             return math.pi * _first(x)
 
 
@@ -291,8 +294,8 @@ def imported(book, program):
     return done.stdout
 
 
-def test_init_names_every_module_and_imports_extras_when_asked(book):
-    book.page("one", "x = 1\n_y = 2", title="The number one").page("two", "_z = 1")
+def test_init_names_every_module_and_imports_what_is_asked_for(book):
+    book.page("one", "MEASURES = 1\nx = 2\n_y = 2", title="The number one").page("two", "_z = 1")
     book.page("train", "import no_such_package\nfit = no_such_package", title="Training")
     book.page("figures", "COLORS = {}", title="Figures").toc("one", "two", "train", "figures").run()
     text = book.module("__init__")
@@ -301,10 +304,10 @@ def test_init_names_every_module_and_imports_extras_when_asked(book):
         assert f"    {line}\n" in text
     program = """
 import sys
-print(s4mini.__file__, s4mini.__all__, s4mini.x)
-assert not {"s4mini.train", "s4mini.figures"} & set(sys.modules)
-print(s4mini.COLORS, "s4mini.figures" in sys.modules)
-for name in ("fit", "nothing"):
+print(s4mini.__file__, dir(s4mini))
+assert not {"s4mini.one", "s4mini.train", "s4mini.figures"} & set(sys.modules)
+print(s4mini.MEASURES, s4mini.one.x, s4mini.figures.COLORS)
+for name in ("fit", "x"):
     try:
         getattr(s4mini, name)
     except (ModuleNotFoundError, AttributeError) as error:
@@ -312,10 +315,10 @@ for name in ("fit", "nothing"):
 """
     package = book.folder / "s4mini" / "__init__.py"
     assert imported(book, program).splitlines() == [
-        f"{package} ['x'] 1",
-        "{} True",
+        f"{package} ['MEASURES', '__version__']",
+        "1 2 {}",
         'ModuleNotFoundError s4mini.fit needs no_such_package: pip install "s4mini[train]"',
-        "AttributeError module 's4mini' has no attribute 'nothing'",
+        "AttributeError module 's4mini' has no attribute 'x'",
     ]
 
 

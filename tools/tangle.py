@@ -20,14 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from jupytext.myst import (
-    CODE_DIRECTIVE,
-    MystMetadataParsingError,
-    get_parser,
-    myst_to_notebook,
-)
+from jupytext.myst import MystMetadataParsingError, myst_to_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this file is also run as a program
+
+from tools.cells import bound_names, code_cells, has_cells  # noqa: E402
 
 
 class TangleError(Exception):
@@ -71,18 +69,6 @@ def title_and_summary(notebook) -> tuple[str, str]:
     return title.strip(), " ".join(below.strip().split("\n\n")[0].split())
 
 
-def code_cells(text: str, notebook):
-    """Yield a page's code cells, each with the number of its first line of code."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    fences = [
-        token.map[1]  # the line of the closing fence
-        for token in get_parser().parse(text + "\n")
-        if token.type == "fence" and token.level == 0 and token.info.startswith(CODE_DIRECTIVE)
-    ]
-    for cell, fence in zip(cells, fences, strict=True):
-        yield cell, fence - len(cell.source.split("\n"))
-
-
 def parse_cell(source: str, page: str, first: int) -> ast.Module:
     """Return the syntax tree of an exported cell, with the page's line numbers."""
     try:
@@ -110,30 +96,20 @@ def split_cell(source: str, page: str, first: int):
     return [ast.unparse(node) for node in imports], body, names
 
 
-def bound_names(node: ast.stmt) -> list[str]:
-    """Return the names that a definition or an assignment binds."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else []
-    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-    inner = [item for target in targets for item in ast.walk(target)]
-    return [i.id for i in inner if isinstance(i, ast.Name) and isinstance(i.ctx, ast.Store)]
-
-
 def read_chapter(page: Path) -> Module | None:
     """Return the module of a page, or None if the page exports nothing."""
     shown = "/".join(page.parts[-2:])
     if not page.exists():
         raise TangleError(f"{shown}: listed in _toc.yml, but there is no such page")
     text = page.read_text("utf8")
-    if CODE_DIRECTIVE not in text:
+    if not has_cells(text):
         return None
     try:
         notebook = myst_to_notebook(text)
     except MystMetadataParsingError as error:
         raise TangleError(f"{shown}: {error}") from error
     module = Module(page.stem, *title_and_summary(notebook))
-    for cell, first in code_cells(text, notebook):
+    for cell, _, first in code_cells(text, notebook):
         if "export" not in cell.metadata.get("tags", []):
             continue
         imports, body, names = split_cell(cell.source, shown, first)
@@ -172,6 +148,9 @@ def name_the_chapter(body: str, chapter: str) -> str:
             continue
         text = node.body[0].value
         first, last = text.lineno - 1, text.end_lineno - 1
+        mark = lines[last][text.end_col_offset - 3 : text.end_col_offset]
+        if mark not in ('"""', "'''"):
+            continue
         indent, rest = " " * text.col_offset, lines[last][: text.end_col_offset - 3].rstrip()
         told = [*lines[first:last], *([rest] if rest else [])]
         if any(line.lstrip().startswith("Source: ") for line in told):
@@ -180,7 +159,7 @@ def name_the_chapter(body: str, chapter: str) -> str:
             told[-1:] = [f"{cited} {here}"] if fits else [cited, indent + here]
         else:
             told += ["", f"{indent}Source: book/{chapter}.md."]
-        lines[first : last + 1] = [*told, f'{indent}"""']
+        lines[first : last + 1] = [*told, indent + mark]
     return "\n".join(lines)
 
 
@@ -193,6 +172,26 @@ def first_sentences(module: Module) -> dict[str, str]:
         for node in nodes
         if isinstance(node, kinds)
     }
+
+
+def needs(modules: list[Module]) -> dict[str, list[str]]:
+    """Return the packages beside torch and numpy that importing each module loads."""
+    direct: dict[str, set[str]] = {}
+    for module in modules:
+        direct[module.name] = set()
+        for node in ast.parse("\n".join(module.imports)).body:
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named = named or [alias.name for alias in getattr(node, "names", [])]
+            direct[module.name] |= {name.removeprefix("s4mini.").split(".")[0] for name in named}
+    known = {"torch", "numpy", "s4mini", *sys.stdlib_module_names}
+
+    def walk(name: str, seen: set[str]) -> set[str]:
+        if name not in direct:
+            return {name} - known
+        rest = direct[name] - seen
+        return set().union(*(walk(other, seen | direct[name]) for other in rest))
+
+    return {m.name: found for m in modules if (found := sorted(walk(m.name, set())))}
 
 
 def render_init(modules: list[Module], root: Path) -> str:
@@ -217,6 +216,11 @@ def render_init(modules: list[Module], root: Path) -> str:
             imports=imports or "    pass",
             homes="\n".join(f'    "{name}": "{home}",' for name, home in homes.items()),
             modules=", ".join(f'"{m.name}"' for m in modules),
+            needs="\n".join(
+                f'    "{home}": {tuple(found)!r},'
+                for home, found in needs(modules).items()
+                if home in homes.values()
+            ),
         )
     )
 
@@ -254,6 +258,7 @@ Training needs ``pip install "s4mini[train]"``, the figures of the book need
 
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
@@ -263,6 +268,9 @@ _HOMES = {{
 {homes}
 }}
 _MODULES = ({modules},)
+_NEEDS = {{
+{needs}
+}}
 _EXTRAS = {{"matplotlib": "book", "plotly": "book", "sympy": "book", "triton": "triton"}}
 
 
@@ -283,7 +291,9 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, "__version__"])
+    here = {{home for home, needed in _NEEDS.items() if all(map(_find_spec, needed))}}
+    names = [name for name, home in _HOMES.items() if home in here or home not in _NEEDS]
+    return sorted([*names, "__version__"])
 '''
 
 
