@@ -27,9 +27,9 @@ def test_names_are_weights():
     A, B = random_pair(4, 0)
     for name, alpha in {"euler": 0, "backward_euler": 1.0, "bilinear": 0.5}.items():
         for one, other in zip(discretize(A, B, 0.1, name), gbt(A, B, 0.1, alpha), strict=True):
-            assert torch.equal(one, other)
+            assert torch.allclose(one, other, rtol=1e-14)
     for one, other in zip(discretize(A, B, 0.1), gbt(A, B, 0.1, 0.5), strict=True):
-        assert torch.equal(one, other)
+        assert torch.allclose(one, other, rtol=1e-14)
 
 
 @few
@@ -57,7 +57,8 @@ def test_zoh_is_the_exponential_and_its_integral(N, seed, dt):
 def test_zoh_of_a_singular_matrix():
     A = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)  # a double integrator
     A_bar, B_bar = zoh(A, torch.tensor([0.0, 1.0], dtype=torch.float64), 0.5)
-    assert torch.equal(A_bar, torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=torch.float64))
+    expected = torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=torch.float64)
+    assert torch.allclose(A_bar, expected, rtol=0, atol=1e-15)
     assert torch.allclose(B_bar, torch.tensor([0.125, 0.5], dtype=torch.float64), rtol=1e-15)
 
 
@@ -67,15 +68,38 @@ def test_zoh_does_not_cancel_in_single_precision(dt):
     assert abs(B_bar.item() / (math.expm1(-0.5 * dt) / -0.5) - 1) < 3e-7
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("backward_euler", 1), (0.5, 2)])
-def test_order(method, order):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hold_is_a_state(method):
+    """Every rule treats a held input as one more state, at rest."""
+    A, B = random_pair(4, 8, torch.complex128)
+    M = torch.zeros(5, 5, dtype=A.dtype)
+    M[:4, :4], M[:4, 4] = A, B
+    A_bar, B_bar = discretize(A, B, 0.3, method)
+    block, _ = discretize(M, torch.zeros(5), 0.3, method)
+    assert torch.allclose(block[:4, :4], A_bar, rtol=0, atol=1e-13)
+    assert torch.allclose(block[:4, 4], B_bar, rtol=0, atol=1e-13)
+    assert torch.allclose(block[4], torch.eye(5, dtype=A.dtype)[4], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("method", "order"), [("euler", 1), ("backward_euler", 1), (0.7, 1), (0.5, 2)]
+)
+@pytest.mark.parametrize("u", [0.0, 1.0])
+def test_order_of_the_whole_step(method, order, u):
+    """The state after a time of 1, from a start and a held input."""
     A, B = random_pair(5, 7)
     counts = np.array([64, 128, 256])
-    exact = torch.linalg.matrix_power(zoh(A, B, 1 / 64)[0], 64)
-    errors = []
-    for n in counts:
-        A_bar, _ = discretize(A, B, 1 / n, method)
-        errors.append((torch.linalg.matrix_power(A_bar, int(n)) - exact).abs().max().item())
+
+    def run(n, method):
+        A_bar, B_bar = discretize(A, B, 1 / n, method)
+        x = torch.ones(5, dtype=A.dtype) * (1 - u)
+        for _ in range(n):
+            x = A_bar @ x + B_bar * u
+        return x
+
+    exact = run(64, "zoh")
+    assert (run(128, "zoh") - exact).abs().max() < 1e-13
+    errors = [(run(n, method) - exact).abs().max().item() for n in counts]
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert abs(slope - order) < 0.1
 
@@ -140,7 +164,7 @@ def test_only_the_product_with_the_step_matters():
         for one, other in zip(
             discretize(A, B, 0.5, method), discretize(A / 4, B / 4, 2.0, method), strict=True
         ):
-            assert torch.equal(one, other)
+            assert torch.allclose(one, other, rtol=1e-13)
 
 
 @few
