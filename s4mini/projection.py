@@ -159,9 +159,9 @@ def hippo(measure: str, N: int) -> tuple[Tensor, Tensor]:
         TypeError: N is not an integer.
         ValueError: the measure is unknown, or N < 1.
 
-    Source: Gu et al. 2020, theorem 1 (LegT, LagT); Gu et al. 2022a, eq. 2
-        (LegS); Gu et al. 2023 (FouT), all with the sign of x' = Ax + Bu;
-    book/projection.md.
+    Source: Gu et al. 2022a, eq. 2 (LegS); Gu et al. 2020, theorem 1 (LegT)
+        and the tilted form in its appendix, not theorem 1 (LagT); Gu et al.
+        2023 (FouT), all with the sign of x' = Ax + Bu; book/projection.md.
     """
     check_choice("measure", measure, MEASURES)
     N = check_int("N", N)
