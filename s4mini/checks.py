@@ -6,13 +6,28 @@ them is wrong.
 Tangled from book/checks.md.
 """
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import ParamSpec, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
-__all__ = ["check_int", "check_positive", "check_choice", "check_tensors"]
+__all__ = [
+    "check_int",
+    "check_number",
+    "check_bool",
+    "check_positive",
+    "check_choice",
+    "check_tensors",
+    "checked",
+]
 
 
 def check_int(name: str, value: int, minimum: int = 1, even: bool = False) -> int:
@@ -47,12 +62,65 @@ def check_int(name: str, value: int, minimum: int = 1, even: bool = False) -> in
     return number
 
 
-def check_positive(name: str, value: float | Tensor) -> None:
-    """Refuse anything but finite real numbers above zero.
+def check_number(
+    name: str, value: float, minimum: float = 0.0, below: float = math.inf
+) -> float:
+    """Return value as a float if it is a number in [minimum, below).
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given.
+        minimum: the smallest value allowed.
+        below: the bound that is not allowed itself.
+
+    Returns:
+        The value as a Python float.
+
+    Raises:
+        TypeError: value is not a real number, or is a bool.
+        ValueError: value is NaN, or outside [minimum, below).
+
+    Source: book/checks.md.
+    """
+    allowed = f"a number in [{minimum:g}, {below:g})"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected {allowed}, got {kind} {value!r}")
+    if not minimum <= value < below:
+        raise ValueError(f"{name}: expected {allowed}, got {value}")
+    return float(value)
+
+
+def check_bool(name: str, value: bool) -> bool:
+    """Return value as a bool if it is one.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given.
+
+    Returns:
+        The value as a Python bool.
+
+    Raises:
+        TypeError: value is anything else, such as 1 or "False".
+
+    Source: book/checks.md.
+    """
+    if not isinstance(value, bool | np.bool_):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected True or False, got {kind} {value!r}")
+    return bool(value)
+
+
+def check_positive(name: str, value: float | Tensor) -> float | Tensor:
+    """Return finite real numbers above zero; refuse anything else.
 
     Args:
         name: the argument's name, for the message.
         value: a number, or a real tensor of any shape.
+
+    Returns:
+        The number as a Python float, or the tensor.
 
     Raises:
         TypeError: value is neither a real number nor a floating tensor.
@@ -61,18 +129,40 @@ def check_positive(name: str, value: float | Tensor) -> None:
     Source: book/checks.md.
     """
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}")
-        bad = value[~(value.isfinite() & (value > 0))]
-        if bad.numel():
-            raise ValueError(
-                f"{name}: expected finite numbers > 0, got {bad[0].item()}"
-            )
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+        _check_dtype(name, value, real=True)
+        good = value.isfinite() & (value > 0)
+        if _values_can_be_read() and not good.all():
+            bad = value[~good][0].item()
+            raise ValueError(f"{name}: expected finite numbers > 0, got {bad}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
         kind = type(value).__name__
         raise TypeError(f"{name}: expected a number > 0, got {kind}")
-    elif not (math.isfinite(value) and value > 0):
+    if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return float(value)
+
+
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COMPLEX = (torch.complex64, torch.complex128)
+
+
+def _check_dtype(name: str, value: Tensor, real: bool) -> None:
+    """Refuse a tensor that cannot be computed with."""
+    if value.dtype not in (_REAL if real else _REAL + _COMPLEX):
+        kinds = "floating" if real else "floating or complex"
+        raise TypeError(f"{name}: expected a {kinds} tensor, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+    if value.is_meta and not torch.compiler.is_compiling():
+        raise TypeError(f"{name}: expected a tensor with values, got device meta")
+
+
+def _values_can_be_read() -> bool:
+    """Say whether tensors have values now: nothing traces or transforms."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def check_choice(name: str, value: object, allowed: Sequence) -> None:
@@ -121,16 +211,14 @@ def _check_tensor(name: str, value: Tensor, pattern: str, sizes: dict) -> None:
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise TypeError(f"{name}: expected a torch.Tensor, got {kind}")
-    if not (value.is_floating_point() or (value.is_complex() and not real)):
-        kinds = "floating" if real else "floating or complex"
-        raise TypeError(f"{name}: expected a {kinds} tensor, got {value.dtype}")
+    _check_dtype(name, value, real)
     bound = dict(sizes)
     if not _fits(value.shape, axes, bound):
         wanted, given = _describe(axes, sizes), tuple(value.shape)
         raise ValueError(f"{name}: expected shape {wanted}, got {given}")
     if 0 in value.shape:
         raise ValueError(f"{name}: expected no empty axis, got {tuple(value.shape)}")
-    if not value.isfinite().all():
+    if _values_can_be_read() and not value.isfinite().all():
         raise ValueError(f"{name}: expected finite entries, got NaN or inf")
     sizes.update(bound)
 
@@ -158,3 +246,63 @@ def check_tensors(**arguments: tuple[Tensor, str]) -> dict[str, int]:
     for name, (value, pattern) in arguments.items():
         _check_tensor(name, value, pattern, sizes)
     return sizes
+
+
+def _check_argument(name: str, value: object, rule: str, sizes: dict):
+    """Examine one argument by its rule; return it, numbers as plain ones."""
+    if rule == "positive":
+        return check_positive(name, value)
+    if rule == "bool":
+        return check_bool(name, value)
+    if found := re.fullmatch(r"(int|even) >= (-?\d+)", rule):
+        return check_int(name, value, int(found[2]), even=found[1] == "even")
+    if "|" in rule:
+        check_choice(name, value, [word.strip() for word in rule.split("|")])
+    else:
+        _check_tensor(name, value, rule, sizes)
+    return value
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def checked(**rules: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a decorator that examines a function's arguments.
+
+    Args:
+        rules: name="rule" for each argument to examine: a shape pattern as in
+            check_tensors, "positive", "int >= 1", "even >= 2", "bool", or a
+            choice such as "zoh | bilinear". Letters of patterns mean the same
+            size in the whole call. An argument whose default is None is
+            examined only if it is not None.
+
+    Returns:
+        The decorator. The function without checks is its `__wrapped__`.
+
+    Raises:
+        TypeError: a rule names no argument of the function.
+
+    Source: book/checks.md.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        signature = inspect.signature(function)
+        known = signature.parameters
+        if unknown := set(rules) - set(known):
+            where = f"{function.__name__} has no argument"
+            raise TypeError(f"{where} {min(unknown)!r}")
+
+        @functools.wraps(function)
+        def examined(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            bound, sizes = signature.bind(*args, **kwargs), {}
+            given = bound.arguments
+            for name, rule in rules.items():
+                value = given.get(name, known[name].default)
+                if value is not None or known[name].default is not None:
+                    given[name] = _check_argument(name, value, rule, sizes)
+            return function(*bound.args, **bound.kwargs)
+
+        return examined
+
+    return decorate

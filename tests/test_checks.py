@@ -1,12 +1,21 @@
 """Arguments that must be refused, and what is said of them."""
 
+import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from s4mini.checks import check_choice, check_int, check_positive, check_tensors
+from s4mini.checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_positive,
+    check_tensors,
+    checked,
+)
 
 BAD_INTEGERS = [
     (TypeError, 1.0, {}, "N: expected an integer >= 1, got float 1.0"),
@@ -59,6 +68,32 @@ def test_positive_accepted():
         check_positive("dt", value)
 
 
+def test_numpy_numbers_are_numbers():
+    for value in (np.float32(0.5), np.float64(0.5), np.int64(2)):
+        found = check_positive("dt", value)
+        assert type(found) is float and found == float(value)
+        assert type(check_number("x", value)) is float
+    assert check_bool("tied", np.True_) is True
+
+
+@pytest.mark.parametrize("value", ["0.1", True, None, 1j, torch.tensor(0.1), [0.1]])
+def test_what_is_no_number(value):
+    with pytest.raises(TypeError, match=r"^dropout: expected a number in \[0, 1\)"):
+        check_number("dropout", value, below=1)
+
+
+@pytest.mark.parametrize("value", [-1e-9, 1.0, math.nan, math.inf])
+def test_numbers_out_of_range(value):
+    with pytest.raises(ValueError, match=r"^dropout: expected a number in \[0, 1\)"):
+        check_number("dropout", value, below=1)
+
+
+@pytest.mark.parametrize("value", ["False", 0, 1, None, torch.tensor(True)])
+def test_what_is_no_truth_value(value):
+    with pytest.raises(TypeError, match=r"^prenorm: expected True or False"):
+        check_bool("prenorm", value)
+
+
 def test_choices_are_listed():
     with pytest.raises(ValueError, match=r"measure: expected one of 'legs', 'legt'; got 'leg'"):
         check_choice("measure", "leg", ["legs", "legt"])
@@ -98,3 +133,93 @@ def test_tensors_bind_sizes():
         A=(ones(7, 3, 2, 2), "... N N"), B=(ones(2) + 1j, "N"), u=(ones(5, 9, 4), "real B L H")
     )
     assert sizes == {"N": 2, "B": 5, "L": 9, "H": 4}
+
+
+NO_NUMBERS = [
+    torch.eye(2).to_sparse(),
+    torch.eye(2).to(torch.float8_e4m3fn),
+    torch.empty(2, 2, device="meta"),
+    torch.eye(2).bool(),
+]
+
+
+@pytest.mark.parametrize("number", range(len(NO_NUMBERS)))
+def test_tensors_that_cannot_be_computed_with(number):
+    for call in (lambda x: check_tensors(A=(x, "N N")), lambda x: check_positive("A", x)):
+        with pytest.raises(TypeError, match=r"^A: expected a .*tensor.*, got"):
+            call(NO_NUMBERS[number])
+
+
+@checked(A="... n n", B="... n", dt="positive", N="int >= 2", way="zoh | bilinear", both="bool")
+def example(A, B=None, dt=0.1, *, N=4, way="zoh", both=False):
+    """Say what came."""
+    return A, B, dt, N, way, both
+
+
+def test_checked_passes_on_what_was_given():
+    A = torch.eye(3)
+    assert example(A)[1:] == (None, 0.1, 4, "zoh", False)
+    found = example(A, ones(3), np.float32(0.5), N=np.int64(7), both=np.True_)
+    assert [type(x) for x in found[2:]] == [float, int, str, bool]
+    assert example.__name__ == "example" and example.__doc__ == "Say what came."
+    assert list(inspect.signature(example).parameters) == ["A", "B", "dt", "N", "way", "both"]
+    assert example.__wrapped__(None)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "change"),
+    [
+        (TypeError, "A", {"A": None}),
+        (ValueError, "A", {"A": ones(2, 3)}),
+        (ValueError, "B", {"B": ones(2)}),
+        (ValueError, "dt", {"dt": 0}),
+        (TypeError, "dt", {"dt": True}),
+        (TypeError, "N", {"N": 2.0}),
+        (ValueError, "N", {"N": 1}),
+        (ValueError, "way", {"way": "euler"}),
+        (TypeError, "both", {"both": 1}),
+    ],
+)
+def test_checked_refuses(error, name, change):
+    with pytest.raises(error, match=f"^{name}: expected"):
+        example(**{"A": torch.eye(3)} | change)
+
+
+def test_checked_and_wrong_calls():
+    with pytest.raises(TypeError, match="missing a required argument: 'A'"):
+        example()
+    with pytest.raises(TypeError, match="colour"):
+        example(torch.eye(3), colour=1)
+    with pytest.raises(TypeError, match="has no argument 'Q'"):
+        checked(Q="N")(lambda A: A)
+
+
+@checked(x="n", dt="positive")
+def scaled(x, dt):
+    return (dt * x).square().sum()
+
+
+def test_values_are_not_read_inside_transforms():
+    x, dt = torch.tensor([1.0, 2.0]), torch.tensor(0.5)
+    assert torch.equal(torch.func.grad(scaled)(x, dt), 0.5 * x)
+    assert torch.allclose(torch.func.hessian(scaled)(x, dt), 0.5 * torch.eye(2))
+    assert torch.equal(torch.func.jacfwd(scaled)(x, dt), 0.5 * x)
+    each = torch.func.vmap(scaled, in_dims=(0, None))(torch.stack((x, -x)), dt)
+    assert torch.equal(each, scaled(x, dt).expand(2))
+    with pytest.raises(ValueError, match=r"^x: expected shape"):
+        torch.func.vmap(scaled, in_dims=(0, None))(torch.ones(2, 3, 3), dt)
+    with pytest.raises(ValueError, match=r"^x: expected finite"):  # read again afterwards
+        scaled(x * math.nan, dt)
+
+
+def test_values_are_not_read_while_compiling():
+    x, dt = torch.tensor([1.0, 2.0]), torch.tensor(0.5)
+    compiled = torch.compile(scaled, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, dt), scaled(x, dt))
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x, dt):
+            return scaled(x, dt)
+
+    program = torch.export.export(Scaled(), (x, dt)).module()
+    assert torch.equal(program(-x, dt), scaled(x, dt))

@@ -171,8 +171,8 @@ def reading_order():
     return [name for name in re.findall(r"book/(\w+)", toc) if name in MODULES]
 
 
-# In these two the names are the arguments' own: name=(value, pattern), name=tensor.
-NAMES_ARE_DATA = {"checks.check_tensors", "ssm.promote"}
+# In these the names are the arguments' own: name=(value, pattern), name="rule", name=tensor.
+NAMES_ARE_DATA = {"checks.check_tensors", "checks.checked", "ssm.promote"}
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC)
