@@ -59,6 +59,7 @@ and ``help(s4mini.kernel)`` and the like tell more:
     train           Training
     baselines       What we compare with
     bench           How we measure
+    selective       A step that listens
     checks          Errors that help
     figures         How the figures are drawn
 
@@ -145,6 +146,7 @@ _MODULES = (
     "train",
     "baselines",
     "bench",
+    "selective",
     "checks",
     "figures",
 )
