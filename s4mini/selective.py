@@ -12,13 +12,7 @@ from torch import Generator, Tensor, nn
 
 from s4mini.checks import check_int, check_tensors
 
-__all__ = [
-    "selective_copying",
-    "compose",
-    "linear_scan",
-    "chunked_scan",
-    "SelectiveSSM",
-]
+__all__ = ["selective_copying", "compose", "linear_scan", "SelectiveSSM"]
 
 
 def selective_copying(
@@ -104,14 +98,11 @@ def linear_scan(a: Tensor, b: Tensor, chunk: int = 16) -> Tensor:
             f"b: expected the shape (B, L, ...) of a, {tuple(a.shape)}, "
             f"got {tuple(b.shape)}"
         )
-    return chunked_scan(a, b, chunk)
+    return _chunked_scan(a, b, chunk)
 
 
-def chunked_scan(a: Tensor, b: Tensor, chunk: int) -> Tensor:
-    """Do the work of linear_scan; nothing is examined.
-
-    Source: book/selective.md.
-    """
+def _chunked_scan(a: Tensor, b: Tensor, chunk: int) -> Tensor:
+    """Do the work of linear_scan; nothing is examined."""
     L = b.shape[1]
     rest = (0, 0) * (b.ndim - 2) + (0, -L % chunk)
     a, b = (F.pad(t, rest).unflatten(1, (-1, chunk)) for t in (a, b))
@@ -176,5 +167,5 @@ class SelectiveSSM(nn.Module):
         rate = self.log_rate.exp()  # (H, N)
         exponent = -step[..., None] * rate  # (B, L, H, N)
         written = -torch.expm1(exponent) / rate * B[:, :, None]
-        x = chunked_scan(exponent.exp(), written * v[..., None], 16)
+        x = _chunked_scan(exponent.exp(), written * v[..., None], 16)
         return (x * C[:, :, None]).sum(-1) + self.D * v
