@@ -30,7 +30,7 @@ tangle: $(VENV)/.ready
 	$(BIN)/python tools/tangle.py
 
 data: $(VENV)/.ready
-	$(BIN)/python -m s4mini.data
+	$(BIN)/python -c "from s4mini.data import NAMES, download; [print(download(n), n) for n in NAMES]"
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

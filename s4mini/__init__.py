@@ -28,6 +28,7 @@ What most people need:
     S4Classifier      Name the class of a sequence. `forward` returns logits (B, K).
     S4Forecaster      Forecast the next steps of a signal from the steps so far.
     S4LanguageModel   Score each token as the next one. `forward` returns logits (B, L, V).
+    Source            Where a data set comes from.
     load              Read or make a data set, as sequences.
     download          Fetch a data set, unless it is there already.
     Recipe            A training run, down to the last number that decides its outcome.
@@ -56,7 +57,11 @@ and ``help(s4mini.kernel)`` and the like tell more:
     layer           The layer
     model           The network
     data            Data as sequences
+    images          Images as sequences
     train           Training
+    speech          Spoken digits
+    forecast        Hours to come
+    lra             Lists and paths
     baselines       What we compare with
     bench           How we measure
     selective       A step that listens
@@ -76,6 +81,7 @@ if _TYPE_CHECKING:
     from s4mini.convolve import causal_conv as causal_conv
     from s4mini.convolve import krylov_kernel as krylov_kernel
     from s4mini.convolve import scan as scan
+    from s4mini.data import Source as Source
     from s4mini.data import download as download
     from s4mini.data import load as load
     from s4mini.diagonal import s4d_kernel as s4d_kernel
@@ -117,6 +123,7 @@ _HOMES = {
     "S4Classifier": "model",
     "S4Forecaster": "model",
     "S4LanguageModel": "model",
+    "Source": "data",
     "load": "data",
     "download": "data",
     "Recipe": "train",
@@ -143,7 +150,11 @@ _MODULES = (
     "layer",
     "model",
     "data",
+    "images",
     "train",
+    "speech",
+    "forecast",
+    "lra",
     "baselines",
     "bench",
     "selective",

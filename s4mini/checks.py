@@ -12,6 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from numbers import Real
 from typing import ParamSpec, TypeVar
 
@@ -180,7 +181,9 @@ def check_choice(name: str, value: object, allowed: Sequence) -> None:
     """
     if value not in allowed:
         listed = ", ".join(repr(item) for item in allowed)
-        raise ValueError(f"{name}: expected one of {listed}; got {value!r}")
+        near = get_close_matches(str(value), [str(item) for item in allowed], 1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: expected one of {listed}; got {value!r}{meant}")
 
 
 def _fits(shape: Sequence[int], axes: list[str], sizes: dict) -> bool:

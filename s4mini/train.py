@@ -517,12 +517,13 @@ def _check_data(recipe: Recipe, data: SequenceData) -> None:
 
 def _load(recipe: Recipe, workers: int = 1) -> SequenceData:
     """Read or make the data set of a recipe."""
-    names = ("length", "horizon", "examples")
+    names = ("gray", "size", "order", "length", "horizon", "examples")
+    usual = {"gray": False, "order": "raster"}
     options = {name: getattr(recipe, name) for name in names}
-    options = {k: v for k, v in options.items() if v is not None}
+    options = {k: v for k, v in options.items() if v != usual.get(k)}
     if recipe.data in ("listops", "pathfinder"):  # which are made
         options["workers"] = workers
-    return load(recipe.data, recipe.gray, recipe.size, order=recipe.order, **options)
+    return load(recipe.data, **options)
 
 
 def _sizes(data: SequenceData) -> dict:
@@ -1305,7 +1306,7 @@ examples:
 
 Several machines: start the same command on each by torchrun or Slurm, with
 --nodes N --devices M; the folder must be the same for all.
-Data: `python -m s4mini.data` fetches them; S4MINI_DATA says where they are.
+Data: `s4mini data` fetches them; S4MINI_DATA says where they are.
 """
 
 

@@ -171,8 +171,8 @@ def reading_order():
     return [name for name in re.findall(r"book/(\w+)", toc) if name in MODULES]
 
 
-# In these the names are the arguments' own: name=(value, pattern), name="rule", name=tensor.
-NAMES_ARE_DATA = {"checks.check_tensors", "checks.checked", "ssm.promote"}
+# Here the names are the arguments' own (pattern, rule, tensor), or checked against what is read.
+NAMES_ARE_DATA = {"checks.check_tensors", "checks.checked", "data.load", "ssm.promote"}
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC)

@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 from torch import Generator, nn
 
 from s4mini import train
-from s4mini.data import ImageData, SoundData, WindowData, load, reading_order
+from s4mini.data import load
+from s4mini.forecast import WindowData
+from s4mini.images import ImageData, reading_order
 from s4mini.model import parameter_groups
+from s4mini.speech import SoundData
 from s4mini.train import RECIPES, Recipe
 
 TINY = Recipe(
@@ -197,12 +200,12 @@ def stand_in(name, gray=False, size=None, **options):
     """Take the place of load, with data that need no files."""
     options.pop("workers", None)
     if name in ("cifar10", "mnist"):
-        return images(name, gray, size and 4, options["order"])
+        return images(name, gray, size and 4, **options)
     if name == "speech":
         return sounds()
     if name.startswith("ett"):
         return hours(name, options["length"], options["horizon"])
-    return load(name, gray, size, **options)
+    return load(name, **options)
 
 
 @pytest.mark.parametrize("name", RECIPES)
