@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.convolve import _fft_length, causal_conv, krylov_kernel, scan
+from s4mini.convolve import causal_conv, channel_conv, fft_length, krylov_kernel, scan
 from s4mini.discretization import discretize
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
@@ -163,11 +164,11 @@ def test_gradients():
 
 def test_fast_lengths():
     for n in [*range(1, 3000), 10**6, 10**6 + 3]:
-        found = _fft_length(n)
+        found = fft_length(n)
         assert n <= found <= max(1.25 * n, n + 1)
         while found % 2 == 0:
             found //= 2
-        assert found in (1, 3, 5, 9, 15)
+        assert found in (1, 3, 5, 7, 9, 15)
 
 
 # --- bad calls
@@ -209,3 +210,115 @@ def test_bad_call(error, start, call):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value).startswith(start)
+
+
+# The layer's convolution
+
+
+def dense(u, K, D):
+    """The layer's convolution as matrices, in double precision."""
+    L = u.shape[1]
+    lag = torch.arange(L)[:, None] - torch.arange(L)
+    past = K if K.ndim == 2 else K[0]
+    T = torch.where(lag >= 0, past[:, lag.clamp(min=0)], 0.0)  # (H, L, L)
+    if K.ndim == 3:
+        T = T + torch.where(lag < 0, K[1][:, (-lag - 1).clamp(min=0)], 0.0)
+    return torch.einsum("hkj,bjh->bkh", T, u) + D * u
+
+
+def layer_inputs(B, L, H, directions, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (H, L) if directions == 1 else (2, H, L)
+    made = ((B, L, H), shape, (H,))
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in made]
+
+
+@pytest.mark.parametrize("directions", (1, 2))
+@pytest.mark.parametrize(("B", "L", "H"), [(1, 1, 1), (2, 2, 3), (3, 7, 2), (2, 100, 4), (0, 5, 2)])
+def test_the_layers_convolution_is_a_matrix(B, L, H, directions):
+    u, K, D = layer_inputs(B, L, H, directions)
+    expected = dense(u, K, D)
+    assert torch.allclose(channel_conv(u, K, D), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(channel_conv(u, K), expected - D * u, rtol=0, atol=1e-12)
+    single = channel_conv(*(t.float() for t in (u, K, D))).double()
+    bound = 1e-6 * (K.norm() + D.norm()) * (u.norm() + 1)
+    assert B == 0 or (single - expected).abs().max() < bound
+
+
+@pytest.mark.parametrize("directions", (1, 2))
+def test_the_layers_convolution_under_transforms(directions):
+    u, K, D = layer_inputs(2, 6, 3, directions)
+    jacobian = torch.func.jacrev(channel_conv, argnums=(0, 1, 2))(u, K, D)
+    expected = torch.func.jacrev(dense, argnums=(0, 1, 2))(u, K, D)
+    for found, wanted in zip(jacobian, expected, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-12)
+
+    def loss(function):
+        return lambda u, K, D: function(u, K, D).pow(3).sum()
+
+    for argnums in (0, 1, 2):
+        second = torch.func.jacrev(torch.func.jacrev(loss(channel_conv), argnums), argnums)
+        wanted = torch.func.jacrev(torch.func.jacrev(loss(dense), argnums), argnums)
+        assert torch.allclose(second(u, K, D), wanted(u, K, D), atol=1e-10)
+    many = torch.stack((u, 2 * u, -u))
+    for dims, args in (((0, None, None), (many, K, D)), ((0, None, 0), (many, K, D.expand(3, -1)))):
+        found = torch.func.vmap(channel_conv, dims)(*args)
+        assert torch.allclose(found, torch.stack([dense(v, K, D) for v in many]), atol=1e-12)
+    kernels = torch.stack((K, -K, 3 * K), -1)
+    found = torch.func.vmap(channel_conv, (None, -1, None))(u, kernels, D)
+    wanted = torch.stack([dense(u, k, D) for k in kernels.unbind(-1)])
+    assert torch.allclose(found, wanted, atol=1e-12)
+
+
+def test_the_layers_convolution_is_compiled_and_exported():
+    u, K, D = (t.float() for t in layer_inputs(2, 9, 3, 1))
+    expected = channel_conv(u, K, D)
+    compiled = torch.compile(channel_conv, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(u, K, D), expected, atol=1e-5)
+
+    class Module(torch.nn.Module):
+        def forward(self, u, K, D):
+            return channel_conv(u, K, D)
+
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(
+        Module(), (u, K, D), dynamic_shapes={"u": {0: batch}, "K": None, "D": None}
+    )
+    more = torch.randn(5, 9, 3)
+    assert torch.allclose(program.module()(more, K, D), channel_conv(more, K, D), atol=1e-5)
+
+
+def test_the_layers_convolution_is_checkpointed():
+    u, K, D = (t.requires_grad_() for t in layer_inputs(2, 9, 3, 1))
+    again = torch.utils.checkpoint.checkpoint(channel_conv, u, K, D, use_reentrant=False)
+    found = torch.autograd.grad(again.pow(2).sum(), (u, K, D))
+    wanted = torch.autograd.grad(dense(u, K, D).pow(2).sum(), (u, K, D))
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("error", "change"),
+    [
+        (ValueError, {"u": torch.ones(3, 4)}),
+        (ValueError, {"K": torch.ones(3, 5)}),
+        (ValueError, {"K": torch.ones(3, 3, 4)}),
+        (ValueError, {"D": torch.ones(4)}),
+        (TypeError, {"K": torch.ones(3, 4).double()}),
+        (
+            TypeError,
+            {
+                k: v.half()
+                for k, v in (
+                    ("u", torch.ones(2, 4, 3)),
+                    ("K", torch.ones(3, 4)),
+                    ("D", torch.ones(3)),
+                )
+            },
+        ),
+    ],
+)
+def test_the_layers_convolution_names_what_is_wrong(error, change):
+    good = {"u": torch.ones(2, 4, 3), "K": torch.ones(3, 4), "D": torch.ones(3)}
+    with pytest.raises(error, match="|".join(change)):
+        channel_conv(**(good | change))
