@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s4mini.projection import MEASURES, domain, fourier, hippo, laguerre, legendre, reconstruct
+from s4mini.ssm import expm, response
 
 
 def quadrature(N):
@@ -48,7 +49,7 @@ def test_hippo_entries(N):
     outer = np.sqrt(2 * n + 1)[:, None] * np.sqrt(2 * n + 1)
     expected = np.where(n[:, None] > n, -outer, np.where(n[:, None] == n, -(n + 1.0), 0))
     assert np.abs(A.numpy() - expected).max() <= 1e-12 * N
-    assert torch.equal(A.diagonal(), -torch.arange(1, N + 1, dtype=A.dtype))
+    assert torch.allclose(A.diagonal(), -torch.arange(1, N + 1, dtype=A.dtype), rtol=1e-15)
     assert not torch.signbit(A[torch.triu(torch.ones(N, N), 1) > 0]).any()
 
 
@@ -87,6 +88,58 @@ def test_reading_then_projecting_returns_the_state(N, t, seed):
     again = (past * weights) @ legendre(N, nodes).T * norms(N)
     assert past.shape == (3, N + 1)
     assert (again - x).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("N", [1, 4, 12])
+@pytest.mark.parametrize("clock", ["log t", "t", "3 log t", "t + log t", "log(exp t - 1)"])
+def test_legs_runs_on_any_clock(N, clock):
+    """x' = a'(t) (A x + B u), by central differences of quadrature in sigma."""
+    nodes, weights = quadrature(80)
+    sigma, t, h = (nodes + 1) / 2, 2.0, 1e-4
+
+    def moment(t):  # the time s of each sigma = e^{a(s) - a(t)}
+        match clock:
+            case "log t":
+                return t * sigma, 1 / t
+            case "t":
+                return t + sigma.log(), 1.0
+            case "3 log t":
+                return t * sigma ** (1 / 3), 3 / t
+            case "log(exp t - 1)":
+                return (1 + sigma * math.expm1(t)).log(), math.exp(t) / math.expm1(t)
+            case _:  # s e^s = sigma t e^t, by Newton's method
+                target = sigma * t * math.exp(t)
+                s = torch.full_like(sigma, t)
+                for _ in range(60):
+                    s = s - (s - target * torch.exp(-s)) / (1 + s)
+                return s, 1 + 1 / t
+
+    def coefficients(t):
+        u = torch.exp(-((moment(t)[0] - 1.5) ** 2))
+        return norms(N) * (legendre(N, nodes) @ (weights * u))
+
+    slope = (coefficients(t + h) - coefficients(t - h)) / (2 * h)
+    A, B = hippo("legs", N)
+    right = moment(t)[1] * (A @ coefficients(t) + B * math.exp(-0.25))
+    assert (slope - right).abs().max() < (1e-4 if clock == "3 log t" else 1e-6)
+
+
+@pytest.mark.parametrize("N", [1, 2, 7, 64])
+def test_gradient_of_legs_is_between_one_and_n_over_t(N):
+    xi = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    size = (norms(N)[:, None] * legendre(N, xi)).norm(dim=0)
+    assert size.min() >= 1 and size.max() <= N * (1 + 1e-12)
+    assert torch.allclose(size[[0, -1]], torch.full((2,), float(N), dtype=xi.dtype))
+
+
+@pytest.mark.parametrize("N", [2, 3, 4])
+def test_legt_delays_with_the_order_of_the_pade_approximation(N):
+    A, B = hippo("legt", N)
+    b = B * (-1.0) ** torch.arange(N)
+    z = torch.tensor([0.4j, 0.2j], dtype=torch.complex128)
+    delay = response(A, B, z) @ b.to(z.dtype)
+    first, second = (delay - torch.exp(-z)).abs().tolist()
+    assert abs(math.log2(first / second) - 2 * N) < 0.3
 
 
 def test_reconstruct_depends_on_the_ratio_of_times_only():
@@ -157,9 +210,9 @@ def test_fout_entries():
     for N in (4, 10):
         even, odd = hippo("fout", N), hippo("fout", N - 1)
         kept = [i for i in range(N) if i != 1]
-        assert torch.equal(even[0][kept][:, kept], odd[0])
+        assert torch.allclose(even[0][kept][:, kept], odd[0], rtol=1e-15)
         assert not even[0][1].any() and not even[0][:, 1].any()
-        assert even[1][1] == 0 and torch.equal(even[1][kept], odd[1])
+        assert even[1][1] == 0 and torch.allclose(even[1][kept], odd[1], rtol=1e-15)
 
 
 @pytest.mark.parametrize("measure", ["legt", "lagt", "fout"])
@@ -234,7 +287,7 @@ def test_laguerre_functions():
     far = laguerre(1024, torch.tensor([1600.0, 1e5], dtype=torch.float64))
     assert far.isfinite().all() and far[-1, 0].abs() > 1e-4 and not far[:, 1].any()
     A, B = hippo("lagt", 1024)  # e^{rA} B at r = 2, by the exponential
-    assert (torch.matrix_exp(2 * A) @ B - laguerre(1024, 2 * B[:1])[:, 0]).abs().max() < 1e-8
+    assert (expm(2 * A) @ B - laguerre(1024, 2 * B[:1])[:, 0]).abs().max() < 1e-8
     assert laguerre(3, torch.ones(2, 5)).shape == (3, 2, 5)
 
 
