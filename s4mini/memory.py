@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
 from s4mini.projection import MEASURES, hippo, laguerre, legendre
+from s4mini.ssm import expm
 
 __all__ = ["measure", "basis", "init_dt"]
 
@@ -76,8 +77,8 @@ def basis(measure: str, N: int, t: Tensor) -> Tensor:
         norms, fade = (2 * torch.arange(N).to(t) + 1).sqrt(), torch.exp(-t)
         return norms[:, None] * fade * legendre(N, 2 * fade - 1)
     A, B = (X.to(t.device) for X in hippo(measure, N))
-    values = [torch.matrix_exp(age * A) @ B for age in t.double()]
-    return torch.stack(values, dim=1).to(t.dtype)
+    k = expm(t.double()[:, None, None] * A) @ B  # (T, N)
+    return k.T.to(t.dtype)
 
 
 def init_dt(
