@@ -42,7 +42,7 @@ from s4mini.kernel import backends, dplr_kernel
 from s4mini.layer import S4Layer
 from s4mini.lowrank import half_spectrum, nplr
 from s4mini.memory import init_dt
-from s4mini.model import S4Block, S4Model, parameter_groups
+from s4mini.model import S4Block, S4Config, S4Model, parameter_groups
 
 __all__ = [
     "time_runs",
@@ -286,7 +286,8 @@ def _module(case: Case, generator: Generator) -> nn.Module:
     """Make the network of a case."""
     H, N, random = case.H, case.N, {"generator": generator}
     if case.what == "step":
-        return S4Model(1, 10, H, case.depth, N, **random)
+        config = S4Config(d_output=10, d_model=H, n_layers=case.depth, d_state=N)
+        return S4Model(config, generator)
     if case.what == "layer":
         return _Stack([S4Layer(H, N, **random)])
     if case.what == "lssl":
@@ -295,7 +296,8 @@ def _module(case: Case, generator: Generator) -> nn.Module:
         N = H if case.name == "S4" else H // 8 * 2
         return _Stack([S4Layer(H, N, **random)])
     if case.name == "S4":
-        return _Stack([S4Block(H, N, **random) for _ in range(case.depth)])
+        config = S4Config(d_model=H, d_state=N, dropout=0.0)
+        return _Stack([S4Block(config, generator) for _ in range(case.depth)])
     kind = {"attention": case.name}
     return _Stack([TransformerLayer(H, **kind, **random) for _ in range(case.depth)])
 

@@ -25,6 +25,7 @@ __all__ = [
     "check_number",
     "check_bool",
     "check_positive",
+    "values_can_be_read",
     "check_choice",
     "check_tensors",
     "checked",
@@ -132,7 +133,7 @@ def check_positive(name: str, value: float | Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
         _check_dtype(name, value, real=True)
         good = value.isfinite() & (value > 0)
-        if _values_can_be_read() and not good.all():
+        if values_can_be_read() and not good.all():
             bad = value[~good][0].item()
             raise ValueError(f"{name}: expected finite numbers > 0, got {bad}")
         return value
@@ -159,8 +160,15 @@ def _check_dtype(name: str, value: Tensor, real: bool) -> None:
         raise TypeError(f"{name}: expected a tensor with values, got device meta")
 
 
-def _values_can_be_read() -> bool:
-    """Say whether tensors have values now: nothing traces or transforms."""
+def values_can_be_read() -> bool:
+    """Say whether tensors have values to look at now.
+
+    Returns:
+        False while torch.compile or torch.export trace a function, and inside
+        the transforms of torch.func; True otherwise.
+
+    Source: book/checks.md.
+    """
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
@@ -221,7 +229,7 @@ def _check_tensor(name: str, value: Tensor, pattern: str, sizes: dict) -> None:
         raise ValueError(f"{name}: expected shape {wanted}, got {given}")
     if 0 in value.shape:
         raise ValueError(f"{name}: expected no empty axis, got {tuple(value.shape)}")
-    if _values_can_be_read() and not value.isfinite().all():
+    if values_can_be_read() and not value.isfinite().all():
         raise ValueError(f"{name}: expected finite entries, got NaN or inf")
     sizes.update(bound)
 

@@ -44,7 +44,6 @@ __all__ = [
     "data_dir",
     "Source",
     "contents",
-    "write_atomically",
     "HOMES",
     "NAMES",
     "SOURCES",
@@ -401,31 +400,6 @@ def contents(path: str | Path, most: int = 2**28) -> bytes:
     if len(content) > most:
         raise ValueError(f"{path}: expected at most {most} bytes, found more")
     return content
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Replace a file in one step, or leave it as it is.
-
-    Args:
-        path: the file; its folder is made if it is missing.
-        data: what it shall hold.
-
-    Raises:
-        OSError: it cannot be written; an older one is then still whole.
-
-    Source: book/data.md.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 #: In which module the record of which data set stands.

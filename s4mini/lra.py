@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from s4mini.checks import check_int
-from s4mini.data import Batch, SequenceData, Source, data_dir, write_atomically
+from s4mini.data import Batch, SequenceData, Source, data_dir
 from s4mini.images import ImageData, image_data
+from s4mini.saving import write_atomically
 
 __all__ = [
     "SYMBOLS",

@@ -39,8 +39,9 @@ from tqdm import tqdm
 
 from s4mini.checks import check_choice, check_int, check_positive
 from s4mini.data import NAMES, SequenceData, load
-from s4mini.model import S4Forecaster, S4Model, parameter_groups
+from s4mini.model import S4Config, S4Model, parameter_groups
 from s4mini.projection import MEASURES
+from s4mini.tasks import S4Forecaster
 
 __all__ = [
     "Recipe",
@@ -424,13 +425,13 @@ def build(
         "dt_min",
         "dt_max",
     )
-    model = S4Model(
-        check_int("channels", channels),
-        check_int("outputs", outputs),
+    config = S4Config(
+        d_input=check_int("channels", channels),
+        d_output=check_int("outputs", outputs),
         **{name: getattr(recipe, name) for name in names},
         pool=recipe.pool if horizon is None else "none",
-        generator=Generator().manual_seed(recipe.seed),
     )
+    model = S4Model(config, Generator().manual_seed(recipe.seed))
     return model if horizon is None else S4Forecaster(model, horizon)
 
 
@@ -702,7 +703,11 @@ def _sizes_of(model: S4Model | S4Forecaster) -> dict:
     core, horizon = getattr(model, "model", model), None
     if isinstance(model, S4Forecaster):
         horizon = model.horizon
-    return {"channels": core.d_input, "outputs": core.d_output, "horizon": horizon}
+    return {
+        "channels": core.config.d_input,
+        "outputs": core.config.d_output,
+        "horizon": horizon,
+    }
 
 
 def save_weights(
