@@ -246,7 +246,7 @@ def _serialised(module: Savable) -> dict[str, bytes]:
     tensors = {
         name: value.detach().cpu().contiguous()
         for name, value in module.state_dict().items()
-        if name not in note["shared"]
+        if name not in note["shared"] and not name.endswith("_extra_state")
     }
     header = {
         name: (_code(value), tuple(value.shape)) for name, value in tensors.items()

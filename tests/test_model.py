@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s4mini.layer import S4Layer
 from s4mini.model import (
@@ -590,3 +591,57 @@ def test_a_refused_call_leaves_the_norm_alone():
         with pytest.raises((ValueError, TypeError)):
             call()
     assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items())
+
+
+class Reads(TorchDispatchMode):
+    """Count the operations after which Python waits for a value."""
+
+    waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        booleans = any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, list | tuple)
+            for i in arg
+        )
+        self.count += name in self.waits or (name == "index" and booleans)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_counter_counts():
+    x = torch.arange(4.0)
+    for call in (lambda: x.sum().item(), lambda: bool(x.isfinite().all()), lambda: x[x > 1]):
+        with Reads() as reads:
+            call()
+        assert reads.count > 0
+
+
+@pytest.mark.parametrize(("norm", "prenorm"), [("layer", False), ("batch", True)])
+def test_a_pass_forward_and_back_reads_nothing_of_its_own(norm, prenorm):
+    """What is read is read by the layers; lengths and tokens are looked at on the CPU only."""
+    model = make(norm=norm, prenorm=prenorm, n_layers=4, dropout=0.1).train()
+    u = signal(2, 12, 2)
+    inputs = []
+    hooks = [
+        block.layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+        for block in model.blocks
+    ]
+    with Reads() as reads:
+        model(u).square().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    with Reads() as layers:
+        for block, v in zip(model.blocks, inputs, strict=True):
+            found = block.layer(v)
+            (found[0] if isinstance(found, tuple) else found).square().sum().backward()
+    assert reads.count == layers.count and len(inputs) == 4
+    with Reads() as masked, torch.no_grad():  # as on a device, where nothing is looked at
+        valid = torch.arange(12) < torch.tensor([12, 7])[:, None]
+        model.blocks[0].norm(u[..., :1].expand(-1, -1, 6), valid.sum(1))
+    assert masked.count == 0
