@@ -45,7 +45,7 @@ class NPLR(NamedTuple):
         B: (N,) the input vector.
         V: (N, N) unitary, the eigenvectors in its columns.
 
-    Source: Gu et al. 2022a, Theorem 1; book/lowrank.md.
+    Source: Gu et al. 2022a, eq. 6; book/lowrank.md.
     """
 
     Lambda: Tensor
@@ -71,29 +71,30 @@ def nplr(measure: str, N: int) -> NPLR:
         TypeError: N is not an integer.
         ValueError: the measure is unknown, or N < 1.
 
-    Source: Gu et al. 2022a, Theorem 1; book/lowrank.md.
+    Source: Gu et al. 2022a, Theorem 1, with Q = P. It does not cover
+    "fout", for which see Gu et al. 2023; book/lowrank.md.
     """
     A, B = hippo(measure, N)
     P = _low_rank_part(measure, B)  # (N, r)
     S = A + P @ P.T
     S = (S - S.T) / 2  # drops -I/2 of LegS, and rounding
-    omega, V = torch.linalg.eigh(-1j * S)
-    omega = (omega - omega.flip(0)) / 2  # conjugate pairs, exactly
+    nu, V = torch.linalg.eigh(-1j * S)
+    nu = (nu - nu.flip(0)) / 2  # conjugate pairs, exactly
     if measure == "fout" and N % 2 == 0:
-        omega, V = _pair_zeros(omega, V)
+        nu, V = _pair_zeros(nu, V)
     V = V * torch.sgn(V.mH @ B.to(V))  # phase: V* B > 0
-    real = torch.full_like(omega, -0.5 if measure == "legs" else 0)
-    return NPLR(torch.complex(real, omega), V.mH @ P.to(V), V.mH @ B.to(V), V)
+    real = torch.full_like(nu, -0.5 if measure == "legs" else 0)
+    return NPLR(torch.complex(real, nu), V.mH @ P.to(V), V.mH @ B.to(V), V)
 
 
-def _pair_zeros(omega: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+def _pair_zeros(nu: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """Make the two zero modes of FouT a conjugate pair."""
-    n, V = len(omega) // 2, V.clone()
+    n, V = len(nu) // 2, V.clone()
     V[:, n - 1 : n + 1] = 0
     V[0, n - 1 : n + 1] = 0.5**0.5
     V[1, n - 1 : n + 1] = torch.tensor([-1j, 1j]).to(V) * 0.5**0.5
-    omega[n - 1 : n + 1] = 0
-    return omega, V
+    nu[n - 1 : n + 1] = 0
+    return nu, V
 
 
 def half_spectrum(system: NPLR) -> NPLR:
