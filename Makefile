@@ -10,7 +10,7 @@ export KEOPS_VERBOSE = 0
 export GOMP_SPINCOUNT = 10000
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: book test lab notebooks tangle data check clean
+.PHONY: axe book test lab notebooks tangle data check clean
 
 book: $(VENV)/.ready
 	@$(BIN)/python tools/tangle.py
@@ -36,6 +36,11 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/tangle.py --check
+
+# axe-core finds what keeps readers out; tests/test_site.py uses it where it is present.
+axe:
+	@mkdir -p _build
+	cd _build && npm pack --silent axe-core@4.10.3 && tar -xzf axe-core-4.10.3.tgz --strip-components=1 package/axe.min.js
 
 clean:
 	rm -rf _build $(VENV)

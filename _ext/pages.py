@@ -5,10 +5,13 @@
 * The download menu offers the executed notebook.
 * One local copy of plotly.js serves every interactive figure.
 * A figure's ``alt`` text reaches its image, and figures without one are a warning.
+* Exported cells that define nothing public, only imports or private helpers, are folded.
+* A page describes itself to search engines and previews by its first paragraph.
 """
 
 import os
 import sys
+from html import escape
 from pathlib import Path
 from shutil import copy2
 
@@ -41,6 +44,19 @@ def add_badges(app, doctree, docname):
         cell.insert(0, nodes.raw("", f'<p class="exported">{text}</p>', format="html"))
 
 
+def fold_helpers(app, doctree):
+    """Fold the exported cells that define nothing public."""
+    for cell in doctree.findall(nodes.container):
+        if "tag_export" not in cell.get("classes", []) or cell.get("hide_mode"):
+            continue
+        code = next(cell.findall(nodes.literal_block), None)
+        if code is None or public_names(code.astext()):
+            continue
+        what = "a private helper" if "def " in code.astext() else "imports"
+        cell["hide_mode"] = "input"
+        cell["prompt_show"], cell["prompt_hide"] = f"Show {what}", f"Hide {what}"
+
+
 def api_address(app, docname: str, dotted: str) -> str:
     """Return the relative address of an entry of the API page."""
     return app.builder.get_relative_uri(docname, "book/api") + f"#{dotted}"
@@ -69,6 +85,30 @@ def offer_notebook(app, pagename, templatename, context, doctree):
         target.parent.mkdir(parents=True, exist_ok=True)
         copy2(notebook, target)
         context["ipynb_source"] = f"{pagename}.ipynb"
+
+
+def describe(app, pagename, templatename, context, doctree):
+    """Describe the page by its first paragraph; do not repeat the book's title in a title."""
+    if context.get("title") == context.get("docstitle"):
+        context["theme_logo"] = (context.get("theme_logo") or {}) | {"text": context["docstitle"]}
+        context["docstitle"] = ""
+    paragraph = doctree and next(doctree.findall(nodes.paragraph), None)
+    if not paragraph:
+        return
+    text = escape(" ".join(paragraph.astext().split()), quote=True)
+    title = escape(str(context.get("title", "")), quote=True)
+    context["metatags"] = (context.get("metatags") or "") + (
+        f'<meta name="description" content="{text}">\n'
+        f'<meta property="og:title" content="{title}">\n'
+        f'<meta property="og:description" content="{text}">\n'
+        '<meta property="og:type" content="article">\n'
+    )
+
+
+def plain_citations(app, pagename, templatename, context, doctree):
+    """Drop the roles of the list of references: they allow none of the links it holds."""
+    body = (context.get("body") or "").replace('role="list" class="citation', 'class="citation')
+    context["body"] = body.replace(' role="doc-biblioentry"', "")
 
 
 def drop_thebe(app, pagename, templatename, context, doctree):
@@ -102,9 +142,12 @@ def setup(app):
     os.environ["S4MINI_BOOK_BUILD"] = "1"  # inherited by the kernels: see book/figures.md
     app.connect("doctree-resolved", add_badges)
     app.connect("doctree-read", check_alt)
+    app.connect("doctree-read", fold_helpers)
     app.connect("autodoc-process-docstring", link_back)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-page-context", offer_notebook, priority=400)  # the theme's buttons: 500
+    app.connect("html-page-context", describe)
+    app.connect("html-page-context", plain_citations)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_plotly)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,10 +14,11 @@ import matplotlib.pyplot as plt
 import plotly.graph_objects as go
 from IPython.display import HTML
 from matplotlib_inline.backend_inline import set_matplotlib_formats
+from plotly.utils import PlotlyJSONEncoder
 
 import s4mini
 
-__all__ = ["COLORS", "use_style", "show", "recorded"]
+__all__ = ["COLORS", "use_style", "take_controls", "show", "recorded"]
 
 #: Eight colours that colour-blind readers can tell apart, by name.
 COLORS = {
@@ -33,7 +34,7 @@ COLORS = {
 
 
 def use_style() -> None:
-    """Give matplotlib the book's colours, sizes and sharp output.
+    """Give matplotlib the book's colours, sizes and sharp, clear output.
 
     Source: book/figures.md.
     """
@@ -44,16 +45,49 @@ def use_style() -> None:
             "axes.grid": True,
             "axes.spines.right": False,
             "axes.spines.top": False,
+            "axes.facecolor": "none",
             "figure.constrained_layout.use": True,
+            "figure.facecolor": "none",
             "figure.figsize": (7.0, 3.0),
             "font.size": 11,
             "grid.alpha": 0.3,
             "image.cmap": "cividis",
             "legend.frameon": False,
+            "savefig.facecolor": "none",
             "svg.fonttype": "path",
             "svg.hashsalt": "s4mini",
         }
     )
+
+
+def take_controls(figure: go.Figure) -> str:
+    """Remove a figure's sliders and menus; return them as JSON.
+
+    Args:
+        figure: loses its sliders and menus.
+
+    Returns:
+        A list of {"kind": "slider" or "buttons", "prefix", "suffix",
+        "active", "steps"}; a step has a label, a method of Plotly and its
+        arguments.
+
+    Source: book/figures.md.
+    """
+    layout = figure.to_plotly_json()["layout"]
+    controls = []
+    for drawn in [*layout.get("updatemenus", ()), *layout.get("sliders", ())]:
+        value = drawn.get("currentvalue", {})
+        controls.append(
+            {
+                "kind": "slider" if "steps" in drawn else "buttons",
+                "prefix": value.get("prefix", ""),
+                "suffix": value.get("suffix", ""),
+                "active": drawn.get("active", 0),
+                "steps": drawn.get("steps") or drawn["buttons"],
+            }
+        )
+    figure.update_layout(sliders=[], updatemenus=[], overwrite=True)
+    return json.dumps(controls, cls=PlotlyJSONEncoder).replace("</", "<\\/")
 
 
 def show(figure: go.Figure, height: int = 420) -> HTML | go.Figure:
@@ -75,18 +109,24 @@ def show(figure: go.Figure, height: int = 420) -> HTML | go.Figure:
         legend={"orientation": "h", "y": 1.12},
         template="plotly_white",
         colorway=list(COLORS.values()),
+        font={"size": 13, "color": "black"},
     )
     if not os.environ.get("S4MINI_BOOK_BUILD"):
         return figure
-    return HTML(
-        figure.to_html(
-            full_html=False,
-            include_plotlyjs="../_static/plotly.min.js",
-            include_mathjax=False,
-            auto_play=False,
-            config={"displayModeBar": False, "responsive": True},
-        )
+    controls = take_controls(figure)
+    clear = "rgba(0,0,0,0)"
+    figure.update_layout(paper_bgcolor=clear, plot_bgcolor=clear, dragmode=False)
+    figure.update_xaxes(fixedrange=True, ticks="outside")
+    figure.update_yaxes(fixedrange=True, ticks="outside")
+    drawing = figure.to_html(
+        full_html=False,
+        include_plotlyjs="../_static/plotly.min.js",
+        include_mathjax=False,
+        auto_play=False,
+        config={"displayModeBar": False, "responsive": True},
     )
+    data = f'<script type="application/json">{controls}</script>'
+    return HTML(f'<div class="interactive">{drawing}{data}</div>')
 
 
 def recorded(name: str) -> dict | None:

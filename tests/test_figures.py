@@ -2,11 +2,12 @@
 
 import json
 
+import matplotlib.pyplot as plt
 import plotly.graph_objects as go
 import pytest
 
 import s4mini
-from s4mini.figures import COLORS, recorded, show
+from s4mini.figures import COLORS, recorded, show, take_controls, use_style
 
 
 @pytest.fixture
@@ -42,3 +43,29 @@ def test_interactive_figures_ask_no_other_host(monkeypatch):
     assert 'src="../_static/plotly.min.js"' in page
     assert "cdn" not in page and len(page) < 20_000
     assert list(figure.layout.colorway) == list(COLORS.values())
+    assert figure.layout.xaxis.fixedrange and figure.layout.dragmode is False
+
+
+def test_controls_leave_the_drawing_as_data():
+    step = {"label": "</script>", "method": "restyle", "args": ["visible", [True]]}
+    figure = go.Figure(
+        layout={
+            "sliders": [{"steps": [step], "currentvalue": {"prefix": "N = "}}],
+            "updatemenus": [{"buttons": [step, step], "active": 1}],
+        }
+    )
+    text = take_controls(figure)
+    assert "</" not in text  # it stands inside a script element
+    buttons, slider = json.loads(text)
+    assert (buttons["kind"], slider["kind"]) == ("buttons", "slider")
+    assert buttons["active"] == 1 and len(buttons["steps"]) == 2
+    assert slider["prefix"] == "N = " and slider["steps"] == [step]
+    assert not figure.layout.sliders and not figure.layout.updatemenus
+    assert json.loads(take_controls(figure)) == []
+
+
+def test_still_figures_have_no_ground():
+    use_style()
+    figure, axes = plt.subplots()
+    assert figure.get_facecolor()[3] == 0 and axes.get_facecolor()[3] == 0
+    plt.close(figure)

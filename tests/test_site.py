@@ -23,6 +23,7 @@ from tools.tangle import chapters
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "_build" / "html"
+AXE = ROOT / "_build" / "axe.min.js"  # made by `make axe`
 MATHJAX = ROOT / "book" / "_static" / "mathjax"
 SIZES = {"desktop": (1280, 900), "phone": (360, 740)}
 PAGES = sorted(
@@ -275,6 +276,51 @@ def test_page(windows, site, name, size):
     assert not wrong, "\n".join(wrong)
 
 
+def barriers(page):
+    """Return what axe-core finds of serious or critical impact on an open page."""
+    page.evaluate("() => window.MathJax?.startup?.promise")
+    page.evaluate(AXE.read_text("utf8"))
+    found = page.evaluate("() => axe.run(document, {resultTypes: ['violations'], preload: false})")[
+        "violations"
+    ]
+    return [
+        f"{rule['id']}: {node['html'][:120]}"
+        for rule in found
+        if rule["impact"] in {"serious", "critical"}
+        for node in rule["nodes"]
+    ]
+
+
+needs_axe = pytest.mark.skipif(not AXE.exists(), reason="no axe-core: run `make axe`")
+
+
+@needs_axe
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
+def test_page_has_no_barriers(browser, site, name, size, theme):
+    width, height = SIZES[size]
+    viewport = {"width": width, "height": height}
+    with browser.new_context(viewport=viewport, color_scheme=theme) as window:
+        with opened(window, site + name) as (page, wrong):
+            page.wait_for_load_state("load")
+            wrong += barriers(page)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
+def test_sliders_obey_the_keyboard(windows, site, name):
+    with opened(windows["phone"], site + name) as (page, wrong):
+        page.wait_for_load_state("load")
+        for slider in page.locator(".interactive input[type=range]").all():
+            before = slider.get_attribute("aria-valuetext")
+            slider.focus()
+            key = "ArrowLeft" if int(slider.input_value()) else "ArrowRight"
+            page.keyboard.press(key)
+            assert slider.get_attribute("aria-valuetext") != before
+    assert not wrong, "\n".join(wrong)
+
+
 def test_every_page_of_the_contents_is_rendered(site):
     pages = {page.relative_to(ROOT).with_suffix(".html").as_posix() for page in chapters(ROOT)}
     assert pages <= set(PAGES)
@@ -379,6 +425,13 @@ def test_a_good_page_passes(windows, defective, size):
 def test_each_defect_is_caught(windows, defective, number, defect):
     wrong = problems(windows["phone"], f"{defective}{number}.html")
     assert any(item.startswith(defect) for item in wrong), wrong
+
+
+@needs_axe
+def test_barriers_are_caught(windows, defective):
+    with opened(windows["phone"], f"{defective}0.html") as (page, _):
+        page.set_content('<html lang="en"><title>A page</title><input type="range">')
+        assert [item.split(":")[0] for item in barriers(page)] == ["label"]
 
 
 def test_broken_links_are_caught(tmp_path):

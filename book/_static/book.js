@@ -8,8 +8,89 @@ addEventListener("load", async () => {
     }
   }
   for (const box of document.querySelectorAll(
-    ".bd-article :is(pre, table, div.math, mjx-container.wide, div.output)",
+    ".bd-article :is(pre, table, figure, div.math, mjx-container, div.output, div.interactive)",
   )) {
     if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
   }
+});
+
+// Interactive figures: the controls that `s4mini.figures.show` wrote as data become inputs
+// and buttons, which keyboard and screen reader know.
+const element = (tag, properties, ...children) => {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+};
+const controlOf = (figure, { kind, prefix, suffix, active, steps }) => {
+  const apply = (step) => Plotly[step.method](figure, ...step.args);
+  if (kind === "buttons") {
+    const buttons = steps.map((step, number) => {
+      const button = element("button", { type: "button", textContent: step.label });
+      button.ariaPressed = number === active;
+      button.onclick = () => {
+        for (const other of buttons) other.ariaPressed = other === button;
+        apply(step);
+      };
+      return button;
+    });
+    return element("div", { role: "group", ariaLabel: "what is shown" }, ...buttons);
+  }
+  const words = (number) => prefix + steps[number].label + suffix;
+  const value = element("output", { textContent: words(active) });
+  const input = element("input", { type: "range", min: 0, max: steps.length - 1, step: 1 });
+  input.value = active;
+  input.ariaLabel = prefix.replace(/[\s=:]+$/, "") || "position";
+  input.ariaValueText = words(active);
+  input.oninput = () => {
+    value.textContent = input.ariaValueText = words(input.value);
+    apply(steps[input.value]);
+  };
+  return element("div", { className: "slider" }, value, input);
+};
+addEventListener("DOMContentLoaded", () => {
+  for (const box of document.querySelectorAll(".interactive")) {
+    const figure = box.querySelector(".plotly-graph-div");
+    const data = JSON.parse(box.querySelector("script[type='application/json']").textContent);
+    box.prepend(element("div", { className: "controls" }, ...data.map((d) => controlOf(figure, d))));
+    const caption = box.closest("figure")?.querySelector("figcaption .caption-text");
+    figure.role = "img";
+    figure.ariaLabel = (caption ?? box).textContent.trim().slice(0, 200) || "interactive figure";
+  }
+});
+
+// A long docstring shows its first line; a button shows the rest.
+addEventListener("DOMContentLoaded", () => {
+  for (const code of document.querySelectorAll(".cell.tag_export .cell_input pre")) {
+    const lines = [...code.querySelectorAll(".sd")];
+    for (const first of lines.filter((line) => /^[rf]?"""(?!.*""")/s.test(line.textContent))) {
+      const rest = element("span", { className: "docstring", hidden: true });
+      let last = lines.indexOf(first);
+      while (lines[last] && !/"""$/.test(lines[last].textContent.replace(/^[rf]?"""/, ""))) last++;
+      if (!lines[last]) continue;
+      const range = document.createRange();
+      range.setStartAfter(first);
+      range.setEndAfter(lines[last]);
+      rest.append(range.extractContents());
+      const button = element("button", { type: "button", className: "more", textContent: "…" });
+      button.ariaLabel = "… rest of the docstring";
+      button.ariaExpanded = false;
+      button.onclick = () => {
+        rest.hidden = !rest.hidden;
+        button.ariaExpanded = !rest.hidden;
+      };
+      first.after(button, rest);
+    }
+  }
+});
+
+// Search results show text of the article, not the page's buttons.
+addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined") return;
+  Search.htmlToText = (html, anchor) => {
+    const article = new DOMParser().parseFromString(html, "text/html").querySelector("article");
+    for (const node of article?.querySelectorAll(".headerlink, script, style, .exported") ?? [])
+      node.remove();
+    const part = anchor && article?.querySelector(anchor);
+    return (part || article)?.textContent ?? "";
+  };
 });
