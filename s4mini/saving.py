@@ -323,7 +323,9 @@ def _load(kind: type[Savable], folder: Path) -> Savable:
                 for name, part in slices.items()
             }
             _compare(kind, note, header)
-            tensors = {name: file.get_tensor(name) for name in header}
+            # copies: a file's tensors may begin at an address that complex
+            # arithmetic cannot use, and live in a file that someone may change
+            tensors = {name: file.get_tensor(name).clone() for name in header}
         _check_values(tensors)
         module = kind.blank(note["arguments"])
         _fill(module, tensors, note["shared"])

@@ -221,6 +221,12 @@ def test_the_tie_is_restored(tmp_path):
     assert again.model.decoder.weight is again.model.encoder.weight
 
 
+def test_loaded_tensors_begin_where_complex_numbers_may(tmp_path):
+    make().save_pretrained(tmp_path)
+    state = S4Model.from_pretrained(tmp_path).state_dict()
+    assert all(v.data_ptr() % 16 == 0 for v in state.values())
+
+
 def test_numpy_numbers_are_saved(tmp_path):
     import numpy as np
 
