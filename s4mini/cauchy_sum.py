@@ -1,7 +1,7 @@
 """Sums of simple fractions.
 
 For a diagonal matrix the resolvent is a sum of simple fractions. Here it is written
-without a pole at the nodes, and in real numbers only.
+without a pole at the nodes, and with half of the modes.
 
 Tangled from book/cauchy_sum.md.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from s4mini.checks import check_int, check_tensors
+from s4mini.checks import check_choice, check_int, check_tensors
 from s4mini.generating import _check_batch
 
 __all__ = ["nodes", "damp", "cauchy_naive", "cauchy", "keops_available"]
@@ -129,6 +129,77 @@ def _cauchy_naive(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
     upper = v @ (1 / (1j * x - y * Lambda[..., None]))  # (..., n, M)
     lower = v.conj() @ (1 / (1j * x - y * Lambda.conj()[..., None]))
     return upper + lower
+
+
+def cauchy(
+    v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor, backend: str = "torch"
+) -> Tensor:
+    """Sum v / (i x - y Lambda) over conjugate pairs.
+
+    Args:
+        v: (..., k, n) complex weights of k sums.
+        Lambda: (..., n) complex, one of each conjugate pair.
+        x: (M,) real.
+        y: (M,) real, of the same dtype as x.
+        backend: "torch", with a table of n M numbers, or "keops", a
+            compiled formula that stores none.
+
+    Returns:
+        (..., k, M) complex: the sums over the n modes and their conjugates.
+
+    Raises:
+        TypeError: an argument is not a tensor of the kind above.
+        ValueError: shapes do not agree, an entry is not finite, or the
+            backend is unknown or cannot be used here.
+
+    Source: Gu et al. 2022a, algorithm 1, line 2; book/cauchy_sum.md.
+    """
+    arguments = _checked(v, Lambda, x, y)
+    check_choice("backend", backend, ("torch", "keops"))
+    if backend == "torch":
+        return _cauchy(*arguments)
+    if reason := keops_available():
+        raise ValueError(f"backend: 'keops' cannot be used here: {reason}")
+    return _cauchy_keops(*arguments)
+
+
+def _cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Do the work of cauchy; nothing is examined."""
+    a, size = Lambda.real[..., None], Lambda.abs()[..., None]
+    phi = 1 / torch.complex((y * size) ** 2 - x**2, -2 * a * (x * y))
+    cross = (v * Lambda.conj()[..., None, :]).real
+    W = torch.cat((v.real.expand_as(cross), cross), -2)  # (..., 2k, n)
+    p = torch.complex(W @ phi.real, W @ phi.imag)  # (..., 2k, M)
+    re, cross = p.chunk(2, -2)
+    return 2 * (1j * x * re - y * cross)
+
+
+def _cauchy_keops(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Do the work of cauchy_naive by KeOps, which stores no table."""
+    from pykeops.torch import LazyTensor
+
+    k, n = v.shape[-2:]
+    batch = torch.broadcast_shapes(v.shape[:-2], Lambda.shape[:-1])
+    modes = Lambda[..., None, :].expand(*batch, k, n).reshape(-1, 1, n, 1)
+    v = v.expand(*batch, k, n).reshape(modes.shape).contiguous()
+    grid = x.to(v.dtype), y.to(v.dtype)
+    x, y = (t.expand(len(v), -1)[..., None, None].contiguous() for t in grid)
+    x, y = LazyTensor(1j * x), LazyTensor(y)
+    p = LazyTensor(v) / (x - y * LazyTensor(modes))
+    p += LazyTensor(v.conj_physical()) / (x - y * LazyTensor(modes.conj_physical()))
+    return p.sum(2).reshape(*batch, k, -1)  # (..., k, M)
+
+
+def keops_available() -> str:
+    """Return why KeOps cannot be used here, or an empty string.
+
+    Source: book/cauchy_sum.md.
+    """
+    if importlib.util.find_spec("pykeops") is None:
+        return 'pykeops is not installed: pip install "s4mini[keops]"'
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
+        return "KeOps needs a C++ compiler, and none was found"
+    return ""
 
 
 def _weights(v: Tensor, Lambda: Tensor) -> Tensor:
@@ -252,57 +323,3 @@ def _by_pieces(
     a, m = Lambda.real, Lambda.real**2 + Lambda.imag**2
     p = _InPieces.apply(function, W, a, m, x, y)  # (h, e, ..., M)
     return p.transpose(0, 1).reshape(*batch, *p.shape[2:])
-
-
-def cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Sum v / (i x - y Lambda) over conjugate pairs, in real numbers.
-
-    Args:
-        v: (..., k, n) complex weights of k sums.
-        Lambda: (..., n) complex, one of each conjugate pair.
-        x: (M,) real.
-        y: (M,) real, of the same dtype as x.
-
-    Returns:
-        (..., k, M) complex: the sums over the n modes and their conjugates.
-
-    Raises:
-        TypeError: an argument is not a tensor of the kind above.
-        ValueError: shapes do not agree, or an entry is not finite.
-
-    Source: Gu et al. 2022a, algorithm 1, line 2; book/cauchy_sum.md.
-    """
-    return _cauchy(*_checked(v, Lambda, x, y))
-
-
-def _cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Do the work of cauchy; nothing is examined."""
-    return _by_pieces(_pair_sums, v, Lambda, x, y)
-
-
-def _cauchy_keops(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Do the work of cauchy_naive by KeOps, which stores no table."""
-    from pykeops.torch import LazyTensor
-
-    k, n = v.shape[-2:]
-    batch = torch.broadcast_shapes(v.shape[:-2], Lambda.shape[:-1])
-    modes = Lambda[..., None, :].expand(*batch, k, n).reshape(-1, 1, n, 1)
-    v = v.expand(*batch, k, n).reshape(modes.shape).contiguous()
-    grid = x.to(v.dtype), y.to(v.dtype)
-    x, y = (t.expand(len(v), -1)[..., None, None].contiguous() for t in grid)
-    x, y = LazyTensor(1j * x), LazyTensor(y)
-    p = LazyTensor(v) / (x - y * LazyTensor(modes))
-    p += LazyTensor(v.conj_physical()) / (x - y * LazyTensor(modes.conj_physical()))
-    return p.sum(2).reshape(*batch, k, -1)  # (..., k, M)
-
-
-def keops_available() -> str:
-    """Return why KeOps cannot be used here, or an empty string.
-
-    Source: book/cauchy_sum.md.
-    """
-    if importlib.util.find_spec("pykeops") is None:
-        return 'pykeops is not installed: pip install "s4mini[keops]"'
-    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
-        return "KeOps needs a C++ compiler, and none was found"
-    return ""

@@ -1,7 +1,7 @@
 """One program for the kernel.
 
 Cauchy sums, Woodbury correction and phase factor in a single GPU program, and their
-gradient in a second one; both are tested without a GPU.
+gradient in a second one; so far both have run in Triton's interpreter only.
 
 Tangled from book/fused.md.
 """
@@ -411,6 +411,16 @@ def _pull_back(ctx, G: Tensor) -> tuple[Tensor, None]:
 
 
 _spectrum.register_autograd(_pull_back, setup_context=_keep)
+
+
+def _no_second(ctx, *gradients: Tensor) -> None:
+    """Refuse a second derivative."""
+    raise NotImplementedError(
+        "fused_spectrum: has no second derivative; dplr_kernel with another backend has"
+    )
+
+
+_gradient.register_autograd(_no_second)
 
 
 def fused_spectrum(

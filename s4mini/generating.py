@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from s4mini.checks import check_int, check_positive, check_tensors
 
-__all__ = ["generating_function", "roots", "truncated_C"]
+__all__ = ["generating_function", "roots", "power_row", "truncated_C"]
 
 
 def generating_function(
@@ -86,6 +86,39 @@ def roots(
     return torch.polar(torch.ones_like(theta), -theta).to(dtype)
 
 
+def power_row(E: Tensor, C: Tensor, L: int) -> Tensor:
+    """Return C (A_bar^L - I), given E = A_bar - I; nothing is examined.
+
+    Args:
+        E: (..., N, N) the state matrix less the identity, dimensionless.
+        C: (..., N) output vector, of the same dtype; axes are broadcast.
+        L: the power, >= 1.
+
+    Returns:
+        (..., N), in the units of C, without cancellation where E is small.
+
+    Source: book/generating.md.
+    """
+    C = C[..., None, :]
+    row = torch.zeros_like(C @ E) if L % 2 == 0 else C @ E
+    while L := L // 2:
+        E = 2 * E + E @ E  # A_bar^2 - I
+        if L % 2:
+            row = row + (C + row) @ E
+    return row[..., 0, :]
+
+
+def _check_batch(**shapes: Sequence[int]) -> None:
+    """Refuse batch axes that cannot be broadcast."""
+    try:
+        torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        given = ", ".join(str(tuple(shape)) for shape in shapes.values())
+        raise ValueError(
+            f"{', '.join(shapes)}: expected batch axes that agree, got {given}"
+        ) from None
+
+
 def truncated_C(E: Tensor, C: Tensor, L: int, weight: float = 1.0) -> Tensor:
     """Return C~ = C (I - weight A_bar^L), given E = A_bar - I.
 
@@ -93,7 +126,7 @@ def truncated_C(E: Tensor, C: Tensor, L: int, weight: float = 1.0) -> Tensor:
         E: (..., N, N) the state matrix less the identity, dimensionless.
         C: (..., N) output vector; batch axes are broadcast.
         L: length of the kernel, >= 1.
-        weight: z^L at the nodes z, in (0, 1]; 1 on the unit circle.
+        weight: rho^L at nodes of radius rho, in (0, 1]; 1 on the unit circle.
 
     Returns:
         C~ (..., N), in the units of C.
@@ -113,7 +146,7 @@ def truncated_C(E: Tensor, C: Tensor, L: int, weight: float = 1.0) -> Tensor:
         raise ValueError(f"weight: expected a number in (0, 1], got {weight}")
     kind = torch.promote_types(E.dtype, C.dtype)
     E, C = E.to(kind), C.to(kind)
-    return (1 - weight) * C - weight * _power_row(E, C, L)
+    return (1 - weight) * C - weight * power_row(E, C, L)
 
 
 def _doublings(E: Tensor, C: Tensor, L: int) -> tuple[Tensor, list]:
@@ -159,24 +192,3 @@ class _PowerRow(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dd):
         return *_undo(ctx.levels, dd), None
-
-
-def _power_row(E: Tensor, C: Tensor, L: int) -> Tensor:
-    """Return C (A_bar^L - I) (..., N); batch axes are broadcast."""
-    N = C.shape[-1]
-    batch = torch.broadcast_shapes(E.shape[:-2], C.shape[:-1])
-    own = batch[len(batch) - E.ndim + 2 :]  # axes of the matrices
-    E = E.expand(*own, N, N).reshape(-1, N, N)  # (h, N, N)
-    C = C.expand(*batch, N).reshape(-1, len(E), N).transpose(0, 1)
-    return _PowerRow.apply(E, C, L).transpose(0, 1).reshape(*batch, N)
-
-
-def _check_batch(**shapes: Sequence[int]) -> None:
-    """Refuse batch axes that cannot be broadcast."""
-    try:
-        torch.broadcast_shapes(*shapes.values())
-    except RuntimeError:
-        given = ", ".join(str(tuple(shape)) for shape in shapes.values())
-        raise ValueError(
-            f"{', '.join(shapes)}: expected batch axes that agree, got {given}"
-        ) from None

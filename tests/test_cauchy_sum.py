@@ -74,28 +74,27 @@ def test_gradients(backend):
     v, Lambda = sums(2, 3, k=2, n=3)
     inputs = [v.requires_grad_(), Lambda[0].clone().requires_grad_()]
     for L in (4, 7):
-        assert torch.autograd.gradcheck(lambda v, m, L=L: backend(v, m, *nodes(L)), inputs)
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(lambda v, m, L=L: backend(v, m, *nodes(L)), inputs)
 
 
-def test_pieces_do_not_matter(monkeypatch):
+def test_pieces_are_the_whole():
+    """The sums in pieces, which the kernel uses, are those of cauchy."""
     v, Lambda = sums(5)
-    grid = nodes(30)
+    p = chapter._by_pieces(chapter._pair_sums, v, Lambda, *nodes(30))
+    assert close(p, cauchy(v, Lambda, *nodes(30)))
 
-    def run():
-        a, b = v.clone().requires_grad_(), Lambda.clone().requires_grad_()
-        p = cauchy(a, b, *grid)
-        p.abs().sum().backward()
-        return p.detach(), a.grad, b.grad
 
-    def small(h, n, M, cuda):
-        for i in range(0, h, 2):
-            for j in range(0, M, 3):
-                yield slice(i, i + 2), slice(j, j + 3)
-
-    whole = run()
-    monkeypatch.setattr(chapter, "_tiles", small)
-    for one, many in zip(whole, run(), strict=True):
-        assert close(many, one)
+def test_backends():
+    v, Lambda = sums()
+    with pytest.raises(ValueError, match="^backend: "):
+        cauchy(v, Lambda, *nodes(4), backend="nave")
+    if chapter.keops_available():
+        with pytest.raises(ValueError, match="^backend: 'keops' cannot be used here"):
+            cauchy(v, Lambda, *nodes(4), backend="keops")
+    else:
+        p = cauchy(v, Lambda, *nodes(9), backend="keops")
+        assert close(p, cauchy(v, Lambda, *nodes(9)))
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def test_truncated_C_has_a_gradient():
     inputs = [(A - torch.eye(3)).requires_grad_(), C.requires_grad_()]
     for L in (1, 16, 37):
         assert torch.autograd.gradcheck(lambda E, C, L=L: truncated_C(E, C, L), inputs)
+        assert torch.autograd.gradgradcheck(lambda E, C, L=L: truncated_C(E, C, L), inputs)
 
 
 A, B, C = system(3)
