@@ -87,10 +87,10 @@ def test_pieces_are_the_whole():
 
 def test_backends():
     v, Lambda = sums()
-    with pytest.raises(ValueError, match="^backend: "):
+    with pytest.raises(ValueError, match=r"^backend: "):
         cauchy(v, Lambda, *nodes(4), backend="nave")
     if chapter.keops_available():
-        with pytest.raises(ValueError, match="^backend: 'keops' cannot be used here"):
+        with pytest.raises(ValueError, match=r"^backend: 'keops' cannot be used here"):
             cauchy(v, Lambda, *nodes(4), backend="keops")
     else:
         p = cauchy(v, Lambda, *nodes(9), backend="keops")
