@@ -7,18 +7,29 @@ Tangled from book/diagonal.md.
 """
 
 import math
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
 from s4mini.lowrank import half_spectrum, nplr
-from s4mini.recurrence import _check_broadcast, check_lengths
+from s4mini.recurrence import check_broadcast, check_lengths
 
-__all__ = ["s4d_kernel", "s4d_init", "s4d_step", "s4d_response", "s4d_final_state"]
+__all__ = [
+    "Sampled",
+    "COMPLEX",
+    "finest",
+    "sample",
+    "power_sums",
+    "s4d_kernel",
+    "s4d_init",
+    "s4d_step",
+    "s4d_response",
+    "past",
+    "s4d_final_state",
+]
 
 
 def _phi(z: Tensor) -> Tensor:
@@ -29,14 +40,60 @@ def _phi(z: Tensor) -> Tensor:
     return torch.where(small, series, torch.expm1(safe) / safe)
 
 
-def _sampled(Lambda: Tensor, B: Tensor, dt: Tensor, method: str):
-    """Return log A_bar, A_bar - 1 and B_bar, (..., n), in double precision."""
-    z = dt.double()[..., None] * Lambda.to(torch.complex128)
-    dtB = dt.double()[..., None] * B
+class Sampled(NamedTuple):
+    """A sampled diagonal system, in the finest precision of its device.
+
+    Attributes:
+        s: (..., n) the logarithm of A_bar.
+        E: (..., n) A_bar - 1.
+        B_bar: (..., n) the sampled input vector.
+
+    Source: book/diagonal.md.
+    """
+
+    s: Tensor
+    E: Tensor
+    B_bar: Tensor
+
+
+COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def finest(device: torch.device) -> torch.dtype:
+    """Return the finest floating dtype of a device.
+
+    Args:
+        device: where the numbers are.
+
+    Returns:
+        float64, or float32 for a device that lacks it.
+
+    Source: book/diagonal.md.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def sample(Lambda: Tensor, B: Tensor, dt: Tensor, method: str) -> Sampled:
+    """Sample a diagonal system; values are not examined.
+
+    Args:
+        Lambda: (..., n) eigenvalues, one of each conjugate pair, in 1/time.
+        B: (..., n) input vector.
+        dt: (...) step, > 0.
+        method: "zoh" or "bilinear".
+
+    Returns:
+        s, E and B_bar, (..., n) each.
+
+    Source: book/diagonal.md.
+    """
+    wide = finest(dt.device)
+    z = dt.to(wide)[..., None] * Lambda.to(COMPLEX[wide])
+    dtB = dt.to(wide)[..., None] * B
     if method == "zoh":
-        return z, torch.expm1(z), dtB * _phi(z)
+        return Sampled(z, torch.expm1(z), dtB * _phi(z))
     E = z / (1 - z / 2)
-    return torch.log1p(E + 1e-15 * (E == -1)), E, dtB / (1 - z / 2)
+    return Sampled(torch.log1p(E + 1e-15 * (E == -1)), E, dtB / (1 - z / 2))
 
 
 def _powers(s: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -60,56 +117,24 @@ def _tables(s: Tensor, L: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _powers(s, M, dtype), _powers(M * s, J, dtype)
 
 
-def _pieces(h: int, width: int, cuda: bool) -> Iterator[slice]:
-    """Cut h channels into pieces whose tables are small."""
-    step = max(1, (2**24 if cuda else 2**16) // width)
-    return (slice(i, i + step) for i in range(0, h, step))
+def power_sums(w: Tensor, s: Tensor, L: int) -> Tensor:
+    """Return Re sum_n w_n e^(s_n l) for l = 0 ... L - 1.
 
+    Args:
+        w: (..., n) weights, complex.
+        s: (..., n) logarithms of the ratios, better in a finer precision.
+        L: how many, >= 1.
 
-class _PowerSums(torch.autograd.Function):
-    """K_l = Re sum_n w_n e^(s_n l), with tables made piece by piece, twice."""
+    Returns:
+        (..., L) real, in the precision of w; batch axes broadcast.
 
-    @staticmethod
-    def forward(ctx, w, s, L):
-        (h, n), (M, J) = w.shape, _split(L)
-        ctx.save_for_backward(w, s)
-        K = w.real.new_empty(h, L)
-        for c in _pieces(h, n * (M + J), w.is_cuda):
-            inner, outer = _tables(s[c], L, w.dtype)
-            left = w[c, :, None] * outer  # (c, n, J)
-            left = torch.cat((left.real, -left.imag), 1)  # (c, 2n, J)
-            right = torch.cat((inner.real, inner.imag), 1)  # (c, 2n, M)
-            K[c] = (left.mT @ right).flatten(-2)[:, :L]
-        return K
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dK):
-        w, s = ctx.saved_tensors
-        (h, n), L = w.shape, dK.shape[-1]
-        M, J = _split(L)
-        g = F.pad(dK, (0, J * M - L)).view(h, J, M)
-        j = torch.arange(M, dtype=dK.dtype, device=dK.device)
-        iM = M * torch.arange(J, dtype=dK.dtype, device=dK.device)
-        dw, ds = torch.empty_like(w), torch.empty_like(s)
-        for c in _pieces(h, 2 * n * (M + J), w.is_cuda):
-            inner, outer = _tables(s[c], L, w.dtype)
-            both = torch.cat((inner, j * inner), 1)  # (c, 2n, M)
-            both = torch.cat((both.real, both.imag), 1) @ g[c].mT
-            both = torch.complex(*both.chunk(2, 1))  # (c, 2n, J)
-            plain, times_j = both.chunk(2, 1)
-            dw[c] = (outer * plain).sum(-1).conj()
-            slope = (outer * (iM * plain + times_j)).sum(-1)
-            ds[c] = (w[c] * slope).conj()
-        return dw, ds, None
-
-
-def _power_sums(w: Tensor, s: Tensor, L: int) -> Tensor:
-    """Return Re sum_n w_n e^(s_n l), (..., L); batch axes broadcast."""
-    w, s = torch.broadcast_tensors(w, s)
-    n, batch = w.shape[-1], w.shape[:-1]
-    K = _PowerSums.apply(w.reshape(-1, n), s.reshape(-1, n), L)
-    return K.reshape(*batch, L)
+    Source: book/diagonal.md.
+    """
+    inner, outer = _tables(s, L, w.dtype)
+    left = w[..., None] * outer  # (..., n, J)
+    left = torch.cat((left.real, -left.imag), -2)  # (..., 2n, J)
+    right = torch.cat((inner.real, inner.imag), -2)  # (..., 2n, M)
+    return (left.mT @ right).flatten(-2)[..., :L]
 
 
 def _examined(
@@ -129,7 +154,7 @@ def _examined(
         kind = torch.promote_types(kind, value.dtype)
     dt = torch.as_tensor(dt, dtype=kind.to_real(), device=Lambda.device)
     shapes = {k: v.shape[:-1] for k, v in tensors.items()}
-    _check_broadcast(**shapes, dt=dt.shape, **batches)
+    check_broadcast(shapes | {"dt": dt.shape} | batches)
     return [dt, *(value.to(kind) for value in tensors.values())]
 
 
@@ -166,14 +191,9 @@ def s4d_kernel(
     """
     L = check_int("L", L)
     dt, Lambda, B, C = _examined(method, dt, {}, Lambda=Lambda, B=B, C=C)
-    with torch.autocast(Lambda.device.type, enabled=False):
-        return _s4d_kernel(Lambda, B, C, dt, L, method)
-
-
-def _s4d_kernel(Lambda, B, C, dt, L, method):
-    """Do the work of s4d_kernel; nothing is examined."""
-    s, _, B_bar = _sampled(Lambda, B, dt, method)
-    return _power_sums((2 * C * B_bar).to(C.dtype), s, L)
+    s, _, B_bar = sample(Lambda, B, dt, method)
+    with torch.autocast(s.device.type, enabled=False):
+        return power_sums((2 * C * B_bar).to(C.dtype), s, L)
 
 
 def s4d_init(init: str, N: int) -> tuple[Tensor, Tensor]:
@@ -246,12 +266,7 @@ def s4d_step(
     dt, Lambda, B, C, x = _examined(
         method, dt, {"u": u.shape}, Lambda=Lambda, B=B, C=C, x=x
     )
-    return _s4d_step(Lambda, B, C, dt, u, x, method)
-
-
-def _s4d_step(Lambda, B, C, dt, u, x, method):
-    """Do the work of s4d_step; nothing is examined."""
-    _, E, B_bar = (v.to(C.dtype) for v in _sampled(Lambda, B, dt, method))
+    _, E, B_bar = (v.to(C.dtype) for v in sample(Lambda, B, dt, method))
     x = x + (E * x + B_bar * u[..., None])
     return 2 * (C * x).sum(-1).real, x
 
@@ -287,14 +302,9 @@ def s4d_response(
     """
     L = check_int("L", L)
     dt, Lambda, C, x = _examined(method, dt, {}, Lambda=Lambda, C=C, x=x)
-    with torch.autocast(Lambda.device.type, enabled=False):
-        return _s4d_response(Lambda, C, dt, x, L, method)
-
-
-def _s4d_response(Lambda, C, dt, x, L, method):
-    """Do the work of s4d_response; nothing is examined."""
-    s, _, _ = _sampled(Lambda, Lambda, dt, method)
-    return _power_sums((2 * C * s.exp() * x).to(C.dtype), s, L)
+    s, _, _ = sample(Lambda, Lambda, dt, method)
+    with torch.autocast(s.device.type, enabled=False):
+        return power_sums((2 * C * s.exp() * x).to(C.dtype), s, L)
 
 
 def _newest_first(u: Tensor, lengths: Tensor | None) -> Tensor:
@@ -308,20 +318,32 @@ def _newest_first(u: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.where(index >= 0, moved, torch.zeros_like(u))
 
 
-def _s4d_final_state(Lambda, B, dt, u, x0, lengths, method):
-    """Do the work of s4d_final_state; nothing is examined."""
-    s, _, B_bar = _sampled(Lambda, B, dt, method)
-    L = u.shape[-1]
+def past(
+    system: Sampled, u: Tensor, x: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """Return the state after a chunk; values are not examined.
+
+    Args:
+        system: what sample gives.
+        u: (..., L) the inputs of the chunk.
+        x: (..., n) the state before it; zero if None.
+        lengths: (...) the steps to take, in 0 ... L; all if None.
+
+    Returns:
+        (..., n) complex, in the precision of u.
+
+    Source: book/diagonal.md.
+    """
+    kind, L = COMPLEX[u.dtype], u.shape[-1]
     M, J = _split(L)
-    inner, outer = _tables(s, L, B.dtype)
-    v = F.pad(_newest_first(u, lengths), (0, J * M - L))
-    v = v.to(B.real.dtype).unflatten(-1, (J, M))
+    inner, outer = _tables(system.s, L, kind)
+    v = F.pad(_newest_first(u, lengths), (0, J * M - L)).unflatten(-1, (J, M))
     v = torch.complex(v @ inner.real.mT, v @ inner.imag.mT)  # (..., J, n)
-    x = B_bar.to(B.dtype) * (v * outer.mT).sum(-2)
-    if x0 is not None:
-        steps = L if lengths is None else lengths[..., None]
-        x = x + (s * steps).exp().to(B.dtype) * x0
-    return x
+    made = system.B_bar.to(kind) * (v * outer.mT).sum(-2)
+    if x is None:
+        return made
+    steps = L if lengths is None else lengths[..., None]
+    return made + (system.s * steps).exp().to(kind) * x
 
 
 def s4d_final_state(
@@ -365,5 +387,6 @@ def s4d_final_state(
         batches["lengths"] = lengths.shape
     dt, Lambda, B, *rest = _examined(method, dt, batches, **tensors)
     x0 = rest[0] if rest else None
-    with torch.autocast(Lambda.device.type, enabled=False):
-        return _s4d_final_state(Lambda, B, dt, u, x0, lengths, method)
+    system, u = sample(Lambda, B, dt, method), u.to(B.real.dtype)
+    with torch.autocast(u.device.type, enabled=False):
+        return past(system, u, x0, lengths)

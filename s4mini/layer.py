@@ -6,39 +6,52 @@ output whether it is computed in parallel, step by step, or in chunks.
 Tangled from book/layer.md.
 """
 
-import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
-from s4mini.convolve import causal_conv
-from s4mini.diagonal import (
-    _sampled,
-    s4d_final_state,
-    s4d_init,
-    s4d_kernel,
-    s4d_response,
-    s4d_step,
-)
-from s4mini.kernel import _BACKENDS, dplr_kernel
-from s4mini.lowrank import half_spectrum, nplr
+from s4mini.diagonal import COMPLEX, finest, past, power_sums, s4d_init, sample
+from s4mini.kernel import backends, dplr_kernel
+from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
 from s4mini.projection import MEASURES
 from s4mini.recurrence import (
     Increments,
-    _advance,
+    RealIncrements,
+    advance,
     check_lengths,
-    dplr_increments,
-    dplr_step,
-    final_state,
-    state_response,
+    in_real,
+    increments,
+    state_after,
+    state_echo,
+    to_half,
+    to_real,
+    to_row,
 )
 
-__all__ = ["two_sided_conv", "mask_padding", "Stepper", "S4Layer"]
+__all__ = [
+    "DIAGONAL",
+    "STARTS",
+    "METHODS",
+    "SLOWEST",
+    "long_conv",
+    "mask_padding",
+    "Systems",
+    "Stepper",
+    "kernels_kept",
+    "S4Layer",
+]
 
-_DIAGONAL = ("diag-legs", "diag-lin", "diag-inv", "diag-real")
-_MEASURES = (*MEASURES, "random", *_DIAGONAL)
+DIAGONAL = ("diag-legs", "diag-lin", "diag-inv", "diag-real")
+STARTS = (*MEASURES, "random", *DIAGONAL)
+METHODS = ("bilinear", "zoh")
 
 
 def _random_modes(N, generator):
@@ -56,120 +69,44 @@ def _first_modes(measure, N, generator):
     """Return Lambda (n,), P (n, r) or None, B (n,) to begin with."""
     if measure == "random":
         return _random_modes(N, generator)
-    if measure in _DIAGONAL:
+    if measure in DIAGONAL:
         Lambda, B = s4d_init(measure.removeprefix("diag-"), N)
         return Lambda, None, B
     return half_spectrum(nplr(measure, N))[:3]
 
 
-_SLOWEST = 1e-5  # the smallest -Re Lambda to begin with, in 1/time
+SLOWEST = 1e-5  # the smallest -Re Lambda to begin with, in 1/time
 
 
-def _parameter(value: Tensor) -> nn.Parameter:
-    """Make a parameter of the default dtype; complex numbers become pairs."""
-    real = torch.view_as_real(value) if value.is_complex() else value
-    return nn.Parameter(real.to(torch.get_default_dtype()).clone())
-
-
-def _as_it_is(method):
-    """Keep autocast and torch.compile out of a method of a layer."""
-
-    @functools.wraps(method)
-    def wrapped(self, *args, **kwargs):
-        if torch.compiler.is_dynamo_compiling():
-            return torch.compiler.disable(wrapped)(self, *args, **kwargs)
-        with torch.autocast(self.D.device.type, enabled=False):
-            return method(self, *args, **kwargs)
-
-    return wrapped
-
-
-class _Systems(nn.Module):
-    """Hold the parameters of H systems, one for each channel."""
-
-    def __init__(self, H, N, measure, dts, generator, both, tied) -> None:
-        super().__init__()
-        self.d_model, self.d_state, self.measure = H, N, measure
-        self.bidirectional, self.tied = both, tied
-        self.method, self.backend = "bilinear", "auto"
-        shape, rows = ((2,) if both else ()) + (H, N // 2), 1 if tied else H
-        dt = init_dt(H, *dts, generator)
-        C = torch.randn(shape, dtype=torch.complex128, generator=generator)
-        D = torch.randn(H, dtype=torch.float64, generator=generator)
-        Lambda, P, B = _first_modes(measure, N, generator)
-        decay = (-Lambda.real).clamp(min=_SLOWEST)
-        self.log_dt = _parameter(dt.log())  # (H,)
-        self.log_decay = _parameter(decay.log().expand(rows, -1))
-        self.frequency = _parameter(Lambda.imag.expand(rows, -1))
-        P = None if P is None else _parameter(P.expand(rows, -1, -1))
-        self.register_parameter("P", P)  # (H or 1, N/2, r, 2)
-        self.B = _parameter(B.expand(rows, -1))  # (H or 1, N/2, 2)
-        self.C = _parameter(C)  # (H, N/2, 2) or (2, H, N/2, 2)
-        self.D = _parameter(D)  # (H,)
-
-    def extra_repr(self) -> str:
-        """Describe the layer in print."""
-        shown = [f"{self.d_model}, d_state={self.d_state}"]
-        shown += [f"measure={self.measure!r}"]
-        shown += [f"{k}=True" for k in ("bidirectional", "tied") if getattr(self, k)]
-        return ", ".join(shown)
-
-    def system(self, rate: float = 1.0) -> tuple[Tensor | None, ...]:
-        """Return Lambda, P, B, C, complex, and dt * rate, per channel.
-
-        P is None in a diagonal layer.
-        """
-        if isinstance(rate, Tensor):
-            raise TypeError("rate: expected a number > 0, got a Tensor")
-        check_positive("rate", rate)
-        Lambda = torch.complex(-self.log_decay.exp(), self.frequency)
-        P = None if self.P is None else torch.view_as_complex(self.P)
-        B, C = map(torch.view_as_complex, (self.B, self.C))
-        Lambda, P, B = (
-            v if v is None else v.expand(self.d_model, *v.shape[1:])
-            for v in (Lambda, P, B)
-        )
-        return Lambda, P, B, C, self.log_dt.exp() * rate
-
-    @_as_it_is
-    def kernel(self, L: int, rate: float = 1.0) -> Tensor:
-        """Return the kernels (H, L), or (2, H, L) of past and future.
-
-        They are the response to an impulse without the direct path D.
-        """
-        Lambda, P, B, C, dt = self.system(rate)
-        if P is None:
-            return s4d_kernel(Lambda, B, C, dt, L, self.method)
-        return dplr_kernel(Lambda, P, B, C, dt, L, self.backend)
-
-
-def two_sided_conv(u: Tensor, K: Tensor) -> Tensor:
-    """Convolve with one kernel of the past and one of the future.
+def long_conv(u: Tensor, K: Tensor, D: Tensor) -> Tensor:
+    """Convolve each channel with its kernel, or its two, and the direct path.
 
     Args:
-        u: (..., L) the input, real.
-        K: (2, ..., L) the kernels: K[0] weighs the present and the past,
-            K[1] the future, beginning with the next sample.
+        u: (B, L, H) the input, real.
+        K: (H, L) the kernels of past and present; or (2, H, L) with those
+            of the future, which begin with the next sample, as the second.
+        D: (H,) the direct path.
 
     Returns:
-        (..., L), y_k = sum_j K[0]_j u_{k-j} + sum_j K[1]_j u_{k+1+j}.
-
-    Raises:
-        TypeError: an argument is not a floating tensor.
-        ValueError: shapes do not agree, or an entry is not finite.
+        (B, L, H).
 
     Source: book/layer.md.
     """
-    L = check_tensors(u=(u, "real ... L"), K=(K, "real ... L"))["L"]
-    if K.ndim < 2 or len(K) != 2:
-        raise ValueError(f"K: expected shape (2, ..., L), got {tuple(K.shape)}")
-    circular = torch.cat((K[0], K[1].flip(-1)), -1)  # (..., 2 L)
-    y_hat = torch.fft.rfft(u, n=2 * L) * torch.fft.rfft(circular)
-    return torch.fft.irfft(y_hat, n=2 * L)[..., :L]
+    if u.shape[0] == 0:
+        return u * D  # nothing to transform
+    L, past = u.shape[1], K if K.ndim == 2 else K[0]
+    future = torch.zeros_like(past) if K.ndim == 2 else K[1]
+    past = past + F.pad(D[:, None], (0, L - 1))  # D weighs the present
+    circular = torch.cat((past, future.flip(-1)), -1)  # (H, 2 L)
+    y_hat = torch.fft.rfft(u.mT, n=2 * L) * torch.fft.rfft(circular)
+    return torch.fft.irfft(y_hat, n=2 * L)[..., :L].mT
 
 
 def mask_padding(u: Tensor, lengths: Tensor) -> Tensor:
     """Set the steps of each sequence that are padding to zero.
+
+    Lengths on a CPU are examined. To read them on another device would make
+    it wait; there they are taken as the nearest in 0 ... L.
 
     Args:
         u: (B, L, H) sequences, padded at their ends; NaN may stand there.
@@ -188,7 +125,9 @@ def mask_padding(u: Tensor, lengths: Tensor) -> Tensor:
         raise TypeError(f"u: expected a tensor, got {type(u).__name__}")
     if u.ndim != 3:
         raise ValueError(f"u: expected (B, L, H), got {tuple(u.shape)}")
-    check_lengths(lengths, u.shape[1])
+    known = isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64)
+    if not known or (lengths.is_cpu and not torch.compiler.is_compiling()):
+        check_lengths(lengths, u.shape[1])
     if lengths.shape != u.shape[:1]:
         raise ValueError(
             f"lengths: expected shape ({len(u)},), got {tuple(lengths.shape)}"
@@ -198,36 +137,64 @@ def mask_padding(u: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(valid, u, torch.zeros_like(u))
 
 
-def _check_input(layer: _Systems, u: Tensor, axes: str) -> Tensor:
-    """Examine u; return it in the layer's dtype."""
-    check_tensors(u=(u, f"real {axes} {layer.d_model}"))
-    dtype, low = layer.D.dtype, (torch.float16, torch.bfloat16)
-    if u.dtype not in (dtype, *low):
-        raise TypeError(f"u: expected {dtype} like the layer, got {u.dtype}")
-    return u.to(dtype)
+class Systems(NamedTuple):
+    """H systems of one channel each, in half spectrum.
+
+    Attributes:
+        Lambda: (H, n) eigenvalues, in 1/time.
+        P: (H, n, r) low-rank factors; None in diagonal systems.
+        B: (H, n) input vectors.
+        C: (H, n) output vectors, or (2, H, n) of past and future.
+        dt: (H,) steps, in time.
+
+    Source: book/layer.md.
+    """
+
+    Lambda: Tensor
+    P: Tensor | None
+    B: Tensor
+    C: Tensor
+    dt: Tensor
 
 
-def _check_causal(layer: _Systems) -> None:
-    """Refuse a layer that looks at the future."""
-    if layer.bidirectional:
-        raise ValueError(
-            "bidirectional: expected False where a state is carried or a "
-            "step taken, because the future is not known, got True"
-        )
+def _kernels(systems: Systems, L: int, method: str, backend: str) -> Tensor:
+    """Return the kernels (H, L), or (2, H, L) of past and future."""
+    Lambda, P, B, C, dt = systems
+    if P is not None:
+        return dplr_kernel(Lambda, P, B, C, dt, L, backend)
+    s, _, B_bar = sample(Lambda, B, dt, method)
+    return power_sums((2 * C * B_bar).to(C.dtype), s, L)
 
 
-def _check_state(layer: _Systems, state: Tensor, batch: int) -> None:
-    """Examine a carried state."""
-    _check_causal(layer)
-    if state is None:
-        raise TypeError(
-            "state: expected a tensor, such as layer.initial_state(batch), got None"
-        )
-    sizes = f"{batch} {layer.d_model} {layer.d_state // 2}"
-    check_tensors(state=(state, sizes))
-    dtype = layer.D.dtype.to_complex()
-    if state.dtype != dtype:
-        raise TypeError(f"state: expected {dtype}, got {state.dtype}")
+def _sampled_step(systems: Systems, method: str) -> RealIncrements:
+    """Return the sampled systems, for steps in real coordinates."""
+    Lambda, P, B, _, dt = systems
+    if P is not None:
+        return in_real(increments(Lambda, P, B, dt))
+    _, E, B_bar = (v.to(B.dtype) for v in sample(Lambda, B, dt, method))
+    return in_real(Increments(E, None, None, B_bar))
+
+
+def _ends(systems: Systems, method: str, u, s, lengths) -> Tensor:
+    """Return the states (B, H, N) after inputs u (B, L, H), from s."""
+    if systems.P is None:
+        x, m = s, lengths if lengths is None else lengths[:, None]
+        x = x if x is None else to_half(x)
+        system = sample(systems.Lambda, systems.B, systems.dt, method)
+        return to_real(past(system, u.mT, x, m))
+    s = s if s is None else s.transpose(0, 1)  # (H, B, N)
+    u = u.permute(2, 0, 1)  # (H, B, L)
+    return state_after(_sampled_step(systems, method), u, s, lengths).transpose(0, 1)
+
+
+def _echoes(systems: Systems, method: str, s: Tensor, L: int) -> Tensor:
+    """Return what states s (B, H, N) add to the next outputs (B, L, H)."""
+    Lambda, P, B, C, dt = systems
+    if P is None:
+        logs = sample(Lambda, B, dt, method).s
+        return power_sums((2 * C * logs.exp() * to_half(s)).to(C.dtype), logs, L).mT
+    rows = state_echo(_sampled_step(systems, method), to_row(C), s.transpose(0, 1), L)
+    return rows.permute(1, 2, 0)
 
 
 class Stepper(nn.Module):
@@ -238,13 +205,13 @@ class Stepper(nn.Module):
 
     Args:
         step: the sampled systems of H channels.
-        C: (H, n) output vectors, complex.
+        C: (H, N) their output rows, in real coordinates.
         D: (H,) direct paths.
 
     Source: book/layer.md.
     """
 
-    def __init__(self, step: Increments, C: Tensor, D: Tensor) -> None:
+    def __init__(self, step: RealIncrements, C: Tensor, D: Tensor) -> None:
         super().__init__()
         for name, value in (*step._asdict().items(), ("C", C), ("D", D)):
             self.register_buffer(name, value)
@@ -254,88 +221,101 @@ class Stepper(nn.Module):
 
         Args:
             u: (B, H) the input.
-            state: (B, H, n) complex, the state before it.
+            state: (B, H, N) the state before it.
 
         Returns:
             y (B, H), and the state after the step.
 
         Raises:
-            TypeError: u has not the dtype of the layer.
+            TypeError: u or the state is not of the stepper's dtype.
             ValueError: a shape is wrong.
         """
-        H, n = self.C.shape
-        if u.shape[1:] != (H,) or state.shape != (u.shape[0], H, n):
-            raise ValueError(
-                f"u, state: expected shapes (B, {H}) and (B, {H}, {n}), got "
-                f"{tuple(u.shape)} and {tuple(state.shape)}"
-            )
-        if u.dtype != self.D.dtype:
-            raise TypeError(f"u: expected {self.D.dtype}, got {u.dtype}")
-        step = Increments(self.E, self.F, self.G, self.B_bar)
-        state = _advance(step, u, state)
-        return 2 * (self.C * state).sum(-1).real + self.D * u, state
+        _check_step(u, state, *self.C.shape, self.D.dtype)
+        step = RealIncrements(self.same, self.other, self.F, self.G, self.B_bar)
+        v = u.to(self.D.dtype)
+        state = advance(step, v, state)
+        return ((self.C * state).sum(-1) + self.D * v).to(u.dtype), state
 
 
-class _Recurrent(_Systems):
-    """The part of the layer that deals with states."""
-
-    def initial_state(self, batch: int) -> Tensor:
-        """Return the state of a fresh start: complex zeros (B, H, N/2)."""
-        shape = check_int("batch", batch), self.d_model, self.d_state // 2
-        state = self.D.new_zeros(shape, dtype=self.D.dtype.to_complex())
-        _check_state(self, state, batch)
-        return state
-
-    @_as_it_is
-    def step(
-        self, u: Tensor, state: Tensor, rate: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Take one step: u (B, H) and a state to y (B, H) and a state."""
-        u = _check_input(self, u, "B")
-        _check_state(self, state, len(u))
-        Lambda, P, B, C, dt = self.system(rate)
-        if P is None:
-            y, state = s4d_step(Lambda, B, C, dt, u, state, self.method)
-        else:
-            y, state = dplr_step(Lambda, P, B, C, dt, u, state)
-        return y + self.D * u, state
-
-    @torch.no_grad()
-    def stepper(self, rate: float = 1.0) -> Stepper:
-        """Return the step as the layer is now, prepared for many samples."""
-        _check_causal(self)
-        Lambda, P, B, C, dt = self.system(rate)
-        kind, wide = C.dtype, torch.complex128
-        if P is None:
-            _, E, B_bar = _sampled(Lambda, B, dt, self.method)
-            made = E, None, None, B_bar
-        else:
-            wider = (v.to(wide) for v in (Lambda, P, B))
-            made = dplr_increments(*wider, dt.double())
-        made = (v if v is None else v.to(kind).contiguous() for v in made)
-        return Stepper(Increments(*made), C.clone(), self.D.detach().clone())
-
-    def _carry(self, u, state, lengths, rate):
-        """Return the outputs due to a state, and the state afterwards."""
-        Lambda, P, B, C, dt = self.system(rate)
-        L = u.shape[-1]
-        lengths = None if lengths is None else lengths[:, None]
-        if P is None:
-            free = s4d_response(Lambda, C, dt, state, L, self.method)
-            return free, s4d_final_state(Lambda, B, dt, u, state, lengths, self.method)
-        free = state_response(Lambda, P, C, dt, state, L, self.backend)
-        return free, final_state(Lambda, P, B, dt, u, state, lengths)
+def _check_dtype(name: str, value: Tensor, *allowed: torch.dtype) -> None:
+    """Refuse anything but a tensor of these dtypes."""
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected a tensor of {allowed[0]}, got {kind}")
+    if value.dtype not in allowed:
+        raise TypeError(f"{name}: expected {allowed[0]}, got {value.dtype}")
 
 
-class S4Layer(_Recurrent):
+def _check_step(u: Tensor, state: Tensor, H: int, N: int, dtype: torch.dtype) -> None:
+    """Examine shapes and dtypes of a step of H channels of N coefficients."""
+    _check_dtype("u", u, dtype, torch.bfloat16, torch.float16)
+    if state is None:
+        raise TypeError(
+            "state: expected a tensor, such as layer.initial_state(batch), got None"
+        )
+    _check_dtype("state", state, dtype)
+    if u.ndim != 2 or u.shape[1] != H:
+        raise ValueError(f"u: expected (B, {H}), got {tuple(u.shape)}")
+    _check_state(state, u.shape[0], H, N)
+
+
+def _check_state(state: Tensor, batch: int, H: int, N: int) -> None:
+    """Examine the shape of a state."""
+    if state.shape != (batch, H, N):
+        raise ValueError(
+            f"state: expected ({batch}, {H}, {N}), got {tuple(state.shape)}"
+        )
+
+
+_KEPT: ContextVar[WeakKeyDictionary | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def kernels_kept() -> Iterator[None]:
+    """Make each kernel once, while models are only evaluated.
+
+    In this context a layer keeps the kernels it makes while gradients are
+    disabled. One whose parameters have changed is made anew.
+
+    Source: book/layer.md.
+    """
+    token = _KEPT.set(WeakKeyDictionary())
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def _recall(owner: nn.Module, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    """Return make(), or what it gave for the same key and parameters."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _KEPT.get() is None:
+        return make()
+    parameters = list(owner.parameters())
+    if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
+        return make()  # a function transform, or made without a count
+    version = tuple((p.data_ptr(), p.dtype, p._version) for p in parameters)
+    kept = _KEPT.get().setdefault(owner, {})
+    if key not in kept or kept[key][0] != version:
+        kept[key] = version, make()
+    return kept[key][1]
+
+
+def _plainly(device: torch.device):
+    """Return a context in which autocast leaves the arithmetic alone."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+class S4Layer(nn.Module):
     """Run one structured state space system on each channel.
 
     Args:
         d_model: the number H of channels.
         d_state: the state size N of each, even, >= 2.
         measure: the system to begin with: "legs", "legt", "lagt", "fout" or
-            "random" with a low-rank term; "diag-legs", "diag-lin",
-            "diag-inv" or "diag-real" without one (S4D).
+            "random" with a low-rank term; "diag-legs", "diag-inv",
+            "diag-lin" or "diag-real" without one (S4D).
         dt_min: the smallest step at initialisation, > 0. A channel of step
             dt remembers for about 1/dt samples: choose 1/L or less.
         dt_max: the largest step at initialisation.
@@ -344,8 +324,10 @@ class S4Layer(_Recurrent):
         method: how to sample: "bilinear", the default with a low-rank term
             and the only choice there, or "zoh", the default without.
         tied: whether all channels share Lambda, P and B.
-        backend: how the sums of the kernel are done, as in dplr_kernel;
-            "auto" in a diagonal layer.
+        backend: how the kernel is computed, as in dplr_kernel; "auto" in a
+            diagonal layer.
+        device: where the parameters are.
+        dtype: of the parameters, a floating one.
 
     Attributes:
         log_dt: (H,) logarithm of the step.
@@ -357,6 +339,8 @@ class S4Layer(_Recurrent):
             in these four.
         C: (H, N/2, 2) output vector, or (2, H, N/2, 2) of past and future.
         D: (H,) direct path.
+        kind: (2,) measure and method as numbers: weights of one kind do not
+            load into a layer of another.
 
     Raises:
         TypeError: a size is not an integer, or a step not a number.
@@ -379,59 +363,280 @@ class S4Layer(_Recurrent):
         method: str | None = None,
         tied: bool = False,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        H = check_int("d_model", d_model)
-        N = check_int("d_state", d_state, minimum=2, even=True)
-        check_choice("measure", measure, _MEASURES)
+        super().__init__()
+        self.d_model = H = check_int("d_model", d_model)
+        self.d_state = check_int("d_state", d_state, minimum=2, even=True)
+        check_choice("measure", measure, STARTS)
         check_choice("bidirectional", bidirectional, (False, True))
         check_choice("tied", tied, (False, True))
-        diagonal = measure in _DIAGONAL
+        diagonal = measure in DIAGONAL
         methods = (None, "bilinear", "zoh") if diagonal else (None, "bilinear")
         check_choice("method", method, methods)
-        backends = ("auto",) if diagonal else ("auto", *_BACKENDS)
-        check_choice("backend", backend, backends)
-        dts = dt_min, dt_max
-        super().__init__(H, N, measure, dts, generator, bidirectional, tied)
+        check_choice("backend", backend, ("auto", *(() if diagonal else backends())))
+        self.measure, self.bidirectional, self.tied = measure, bidirectional, tied
         self.method = method or ("zoh" if diagonal else "bilinear")
-        self.backend = backend
+        self.backend, self.dts, self.own = backend, (dt_min, dt_max), None
+        n, rows = d_state // 2, 1 if tied else H
+        shapes = {"log_dt": (H,), "log_decay": (rows, n), "frequency": (rows, n)}
+        shapes["P"] = None if diagonal else (rows, n, 1 + (measure == "legt"), 2)
+        shapes["B"] = rows, n, 2
+        shapes["C"] = (2, H, n, 2) if bidirectional else (H, n, 2)
+        shapes["D"] = (H,)
+        for name, shape in shapes.items():
+            value = shape and torch.empty(shape, device=device, dtype=dtype)
+            self.register_parameter(
+                name, value if value is None else nn.Parameter(value)
+            )
+        self.register_buffer("kind", torch.empty(2, device=device, dtype=dtype))
+        self.reset_parameters(generator)
 
-    @_as_it_is
+    @torch.no_grad()
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Begin anew: draw dt, C and D, and return to the first system."""
+        n, (dt_min, dt_max) = self.d_state // 2, self.dts
+        with torch.device("cpu"):
+            dt = init_dt(self.d_model, dt_min, dt_max, generator)
+            drawn = {"dtype": torch.complex128, "generator": generator}
+            C = torch.randn(self.C.shape[:-1], **drawn)
+            D = torch.randn(self.d_model, dtype=torch.float64, generator=generator)
+            Lambda, P, B = self.own or _first_modes(self.measure, 2 * n, generator)
+            kind = torch.tensor(self._codes())
+        self.kind.copy_(kind)
+        self.log_dt.copy_(dt.log())
+        self.log_decay.copy_((-Lambda.real).clamp(min=SLOWEST).log())
+        self.frequency.copy_(Lambda.imag)
+        self.D.copy_(D)
+        for own, value in ((self.P, P), (self.B, B), (self.C, C)):
+            if own is not None:
+                own.copy_(torch.view_as_real(value.resolve_conj()))
+
+    def extra_repr(self) -> str:
+        """Describe the layer in print."""
+        shown = f"{self.d_model}, d_state={self.d_state}, measure={self.measure!r}"
+        shown += f", method={self.method!r}"
+        if self.backend != "auto":
+            shown += f", backend={self.backend!r}"
+        flags = "bidirectional", "tied"
+        return shown + "".join(f", {k}=True" for k in flags if getattr(self, k))
+
+    def system(self, rate: float = 1.0) -> Systems:
+        """Return Lambda, P, B, C, complex, and dt * rate, per channel."""
+        if isinstance(rate, Tensor):
+            raise TypeError("rate: expected a number > 0, got a Tensor")
+        check_positive("rate", rate)
+        wide = torch.promote_types(self.D.dtype, torch.float32)
+        decay = self.log_decay.to(wide).exp()
+        Lambda = torch.complex(-decay, self.frequency.to(wide))
+        P, B, C = (
+            v if v is None else torch.complex(*v.to(wide).unbind(-1))
+            for v in (self.P, self.B, self.C)
+        )
+        Lambda, P, B = (
+            v if v is None else v.expand(self.d_model, *v.shape[1:])
+            for v in (Lambda, P, B)
+        )
+        return Systems(Lambda, P, B, C, self.log_dt.to(wide).exp() * rate)
+
+    def kernel(self, L: int, rate: float = 1.0) -> Tensor:
+        """Return the kernels (H, L), or (2, H, L) of past and future.
+
+        They are the response to an impulse without the direct path D.
+        """
+        L = check_int("L", L)
+
+        def make() -> Tensor:
+            with _plainly(self.D.device):
+                return _kernels(self.system(rate), L, self.method, self.backend)
+
+        return _recall(self, (L, rate), make)
+
     def forward(
         self,
         u: Tensor,
         state: Tensor | None = None,
         lengths: Tensor | None = None,
         rate: float = 1.0,
-    ) -> tuple[Tensor, Tensor | None]:
+        *,
+        return_state: bool = True,
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """Run a batch of sequences, in parallel over time.
 
         Args:
-            u: (B, L, H) the input.
-            state: (B, H, N/2) the state before it. Without one the start is
-                zero, and no final state is computed.
+            u: (B, L, H) the input, or (L, H) without a batch.
+            state: (B, H, N) the state before it; rest if None.
             lengths: (B,) the steps of each sequence that count, integers in
                 1 ... L; the outputs after them are zero.
             rate: how many steps of the training data one step here spans: 2
                 for data of half the sampling frequency.
+            return_state: whether the state is wanted. Without it the outputs
+                cost less, and come alone.
 
         Returns:
-            y (B, L, H), and the state after the last step that counts, or
-            None.
+            y (B, L, H), and the state (B, H, N) after the last step that
+            counts; of a bidirectional layer an empty one, (B, H, 0).
 
         Raises:
             TypeError: an argument is of a wrong kind.
-            ValueError: a shape, a length or the rate is wrong, an entry is
-                not finite, or a bidirectional layer is given a state.
+            ValueError: a shape, a length or the rate is wrong, or a
+                bidirectional layer is given a state.
         """
-        if lengths is not None:
-            u = mask_padding(u, lengths)
-        u = _check_input(self, u, "B L").mT  # (B, H, L)
+        self.check_input(u, state, lengths)
+        if u.ndim == 2:
+            s = state if state is None else state[None]
+            found = self.forward(u[None], s, None, rate, return_state=return_state)
+            return tuple(v[0] for v in found) if return_state else found[0]
+        K = self.kernel(u.shape[1], rate)
+        with _plainly(u.device):
+            v = u.to(K.dtype)
+            v = v if lengths is None else mask_padding(v, lengths)
+            y = long_conv(v, K, self.D.to(K.dtype))
+            if state is not None:
+                y = y + _echoes(self.system(rate), self.method, state, u.shape[1])
+            y = (y if lengths is None else mask_padding(y, lengths)).to(u.dtype)
+            if not return_state:
+                return y
+            if self.bidirectional:
+                return y, v.new_zeros(len(u), self.d_model, 0)
+            return y, _ends(self.system(rate), self.method, v, state, lengths)
+
+    def initial_state(self, batch: int) -> Tensor:
+        """Return the state of a fresh start: zeros (B, H, N)."""
+        self._check_causal()
+        shape = check_int("batch", batch, minimum=0), self.d_model, self.d_state
+        wide = torch.promote_types(self.D.dtype, torch.float32)
+        return torch.zeros(shape, dtype=wide, device=self.D.device)
+
+    def step(
+        self, u: Tensor, state: Tensor, rate: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Take one step: u (B, H) and a state to y (B, H) and a state."""
+        self._check_causal()
+        systems = self.system(rate)
+        wide = systems.dt.dtype
+        _check_step(u, state, self.d_model, self.d_state, wide)
+        with _plainly(u.device):
+            v = u.to(wide)
+            state = advance(_sampled_step(systems, self.method), v, state)
+            y = (to_row(systems.C) * state).sum(-1) + self.D.to(wide) * v
+        return y.to(u.dtype), state
+
+    @torch.no_grad()
+    def stepper(self, rate: float = 1.0) -> Stepper:
+        """Return the step as the layer is now, prepared for many samples."""
+        self._check_causal()
+        systems = self.system(rate)
+        dtype, wide = systems.dt.dtype, finest(self.D.device)
+        kinds = (COMPLEX[wide],) * 4 + (wide,)
+        fine = (v if v is None else v.to(k) for v, k in zip(systems, kinds))
+        step = _sampled_step(fine := Systems(*fine), self.method)
+        *step, C = (
+            v if v is None else v.to(dtype).contiguous()
+            for v in (*step, to_row(fine.C))
+        )
+        return Stepper(RealIncrements(*step), C, self.D.to(dtype, copy=True))
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A (H, N, N), B (H, N), C (H, N) in real coordinates.
+
+        The state of the layer is the state of x' = A x + B u, y = C x.
+        """
+        Lambda, P, B, C, _ = self.system()
+        return real_form(Lambda, B[..., None] * 0 if P is None else P, B, C)
+
+    def check_input(
+        self, u: Tensor, state: Tensor | None, lengths: Tensor | None
+    ) -> None:
+        """Examine shapes and dtypes, but no values."""
+        H, wide = self.d_model, torch.promote_types(self.D.dtype, torch.float32)
+        _check_dtype("u", u, self.D.dtype, wide, torch.bfloat16, torch.float16)
+        if u.ndim not in (2, 3) or u.shape[-1] != H or u.shape[-2] == 0:
+            raise ValueError(
+                f"u: expected (B, L, {H}) or (L, {H}), L >= 1, got {tuple(u.shape)}"
+            )
+        if u.ndim == 2 and lengths is not None:
+            raise ValueError(f"u: expected (B, L, {H}) with lengths, got 2 axes")
         if state is not None:
-            _check_state(self, state, len(u))
-        K = self.kernel(u.shape[-1], rate)
-        conv = two_sided_conv if self.bidirectional else causal_conv
-        y = (conv(u, K) + self.D[:, None] * u).mT  # (B, L, H)
-        if state is not None:
-            free, state = self._carry(u, state, lengths, rate)
-            y = y + free.mT
-        return y if lengths is None else mask_padding(y, lengths), state
+            self._check_causal()
+            _check_dtype("state", state, wide)
+            batched = state if u.ndim == 3 else state[None]
+            _check_state(batched, u.shape[0] if u.ndim == 3 else 1, H, self.d_state)
+
+    def _check_causal(self) -> None:
+        """Refuse a layer that looks at the future."""
+        if self.bidirectional:
+            raise ValueError(
+                "bidirectional: expected False where a state is carried or a "
+                "step taken, because the future is not known, got True"
+            )
+
+    @classmethod
+    def from_system(
+        cls, Lambda: Tensor, P: Tensor | None, B: Tensor, d_model: int, **options
+    ) -> Self:
+        """Make a layer that begins with a system of your own.
+
+        Args:
+            Lambda: (n,) eigenvalues, one of each conjugate pair, in 1/time,
+                real parts <= 0; or (H, n), one row for each channel.
+            P: (n, r) low-rank factor of A = diag(Lambda) - P P*, or (H, n, r);
+                None without one.
+            B: (n,) input vector, or (H, n).
+            d_model: the number H of channels.
+            options: all other arguments of S4Layer but d_state and measure.
+
+        Raises:
+            TypeError: an argument is of a wrong kind.
+            ValueError: shapes do not fit, or a real part is above zero.
+        """
+        check_tensors(Lambda=(Lambda, "... n"), B=(B, "... n"))
+        P = None if P is not None and P.shape[-1] == 0 else P
+        if P is not None:
+            check_tensors(Lambda=(Lambda, "... n"), P=(P, "... n r"))
+        if ((Lambda + 0j).real > 0).any():
+            raise ValueError("Lambda: expected real parts <= 0, got one above")
+        wanted = options.pop("device", None), options.pop("generator", None)
+        start = "diag-lin" if P is None else "random"
+        layer = cls(d_model, 2 * B.shape[-1], start, device="meta", **options)
+        rows = len(layer.B)
+        for name, v, own in (("Lambda", Lambda, 1), ("P", P, 2), ("B", B, 1)):
+            if v is not None and v.shape[:-own] not in ((), (1,), (rows,)):
+                raise ValueError(
+                    f"{name}: expected one system or {rows}, got {tuple(v.shape)}"
+                )
+        if P is not None:
+            shape = rows, *P.shape[-2:], 2
+            layer.P = nn.Parameter(layer.B.new_empty(shape))
+        layer.measure, layer.own = (
+            "own",
+            tuple(
+                v if v is None else v.detach().cpu().to(torch.complex128)
+                for v in (Lambda, P, B)
+            ),
+        )
+        layer.to_empty(device=wanted[0] or torch.get_default_device())
+        layer.reset_parameters(wanted[1])
+        return layer
+
+    def _codes(self) -> list[int]:
+        """Return measure and method as numbers, for state_dict."""
+        measure = -1 if self.own else STARTS.index(self.measure)
+        return [measure, METHODS.index(self.method)]
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        """Refuse parameters that mean something else here."""
+        found = state_dict.get(prefix + "kind", self.kind)
+        codes = [-2 if v != v else round(v) for v in found.tolist()]
+        if codes == self._codes():
+            return super()._load_from_state_dict(state_dict, prefix, *rest)
+        names = ("own", *STARTS), METHODS
+        met = [
+            repr(known[i]) if 0 <= i < len(known) else "an unknown one"
+            for known, i in zip(names, (codes[0] + 1, codes[-1]), strict=True)
+        ]
+        rest[-1].append(
+            f"{prefix}measure, method: expected {self.measure!r}, {self.method!r}, "
+            f"got the weights of a layer with {met[0]}, {met[1]}"
+        )

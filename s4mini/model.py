@@ -365,8 +365,8 @@ class S4Block(nn.Module):
     ) -> Tensor:
         """Map whole sequences u (B, L, H) to the same shape."""
         self._check(u, lengths)
-        run = partial(self.layer, lengths=lengths, rate=rate)
-        return self._around(run, u, lengths)[0]
+        run = partial(self.layer, lengths=lengths, rate=rate, return_state=False)
+        return self._around(lambda v: (run(v), None), u, lengths)[0]
 
     def chunk(
         self,
@@ -425,11 +425,11 @@ def _check_state(layer: S4Layer, name: str, state: Tensor, batch: int) -> None:
         raise TypeError(
             f"{name}: expected a tensor, such as initial_state(batch), got {kind}"
         )
-    wanted = batch, layer.d_model, layer.d_state // 2
+    wanted = batch, layer.d_model, layer.d_state
     if state.shape != wanted:
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(state.shape)}")
-    if not state.is_complex():
-        raise TypeError(f"{name}: expected a complex tensor, got {state.dtype}")
+    if not state.is_floating_point():
+        raise TypeError(f"{name}: expected a real tensor, got {state.dtype}")
 
 
 def _encoder(c: S4Config, generator: Generator | None) -> nn.Module:
@@ -732,6 +732,7 @@ def _layer_shapes(c: S4Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "B", (rows, n, 2)
     yield "C", ((2,) if c.bidirectional else ()) + (H, n, 2)
     yield "D", (H,)
+    yield "kind", (2,)  # measure and method
 
 
 def _norm_shapes(kind: str, H: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -13,45 +13,92 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s4mini.checks import check_positive, check_tensors
-from s4mini.kernel import dplr_difference, dplr_kernel
+from s4mini.kernel import dplr_kernel
 
 __all__ = [
-    "dplr_step",
+    "apply",
     "Increments",
-    "dplr_increments",
+    "increments",
+    "check_broadcast",
+    "dplr_step",
+    "to_real",
+    "to_row",
+    "to_half",
+    "RealIncrements",
+    "in_real",
+    "advance",
     "state_as_input",
     "state_response",
+    "state_after",
+    "state_echo",
     "check_lengths",
     "final_state",
 ]
 
 
-def _low_rank(P: Tensor, x: Tensor) -> Tensor:
-    """Return P* x of the full state, real, from a half state."""
-    return 2 * (P.conj() * x[..., None]).sum(-2).real  # (..., r)
+def apply(Lambda: Tensor, P: Tensor, x: Tensor) -> Tensor:
+    """Return A x for a half state x.
 
+    Args:
+        Lambda: (..., n) eigenvalues, one of each conjugate pair.
+        P: (..., n, r) low-rank factor.
+        x: (..., n) half state.
 
-def _apply(Lambda: Tensor, P: Tensor, x: Tensor) -> Tensor:
-    """Return A x = Lambda x - P (P* x) for a half state."""
-    q = _low_rank(P, x)
+    Returns:
+        (..., n) the same half of A x.
+
+    Source: book/recurrence.md.
+    """
+    q = 2 * (P.conj() * x[..., None]).sum(-2).real  # (..., r), P* x in full
     return Lambda * x - (P * q[..., None, :]).sum(-1)
 
 
-def _solve(Lambda: Tensor, P: Tensor, half: Tensor, w: Tensor) -> Tensor:
-    """Solve (I - half A) x = w for a half state x, by Woodbury."""
-    R = 1 / (1 - half[..., None] * Lambda)  # (..., n)
-    RP = R[..., None] * P  # (..., n, r)
-    small = 2 * half[..., None, None] * (P.mH @ RP).real  # (..., r, r)
-    small = small + torch.eye(P.shape[-1]).to(small)
-    q = torch.linalg.inv(small) @ _low_rank(P, R * w)[..., None]
-    return R * w - half[..., None] * (RP @ q.to(RP))[..., 0]
+class Increments(NamedTuple):
+    """A sampled system as the change that one step makes.
+
+    A step is x + E x - F 2 Re(G x) + B_bar u. Without a low-rank term F and
+    G are None.
+
+    Attributes:
+        E: (..., n) the diagonal part of A_bar - I.
+        F: (..., n, r) and
+        G: (..., r, n) the factors of its low-rank part.
+        B_bar: (..., n) the sampled input vector.
+
+    Source: book/recurrence.md.
+    """
+
+    E: Tensor
+    F: Tensor | None
+    G: Tensor | None
+    B_bar: Tensor
 
 
-def _step(Lambda, P, B, C, dt, u, x):
-    """Do one bilinear step without examining the arguments."""
-    w = dt[..., None] * (_apply(Lambda, P, x) + B * u[..., None])
-    x = x + _solve(Lambda, P, dt / 2, w)
-    return 2 * (C * x).sum(-1).real, x
+def increments(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> Increments:
+    """Sample a half-spectrum DPLR system by the bilinear rule.
+
+    Values are not examined, so that nothing waits for a device.
+
+    Args:
+        Lambda: (..., n) eigenvalues, one of each conjugate pair, in 1/time.
+        P: (..., n, r) low-rank factor; A = diag(Lambda) - P P*.
+        B: (..., n) input vector.
+        dt: (...) step, in the same unit of time, > 0.
+
+    Returns:
+        E (..., n), F (..., n, r), G (..., r, n), B_bar (..., n).
+
+    Source: Gu et al. 2022a, theorem 2; book/recurrence.md.
+    """
+    z, step = dt[..., None] * Lambda, dt[..., None, None]
+    R = 1 / (1 - z / 2)  # (..., n)
+    G = P.mH * R[..., None, :]
+    small = step * (G @ P).real  # (..., r, r)
+    small = small + torch.eye(P.shape[-1], dtype=dt.dtype, device=dt.device)
+    F = step * R[..., None] * (P @ torch.linalg.inv_ex(small)[0].to(P))
+    w = dt[..., None] * B
+    B_bar = R * w - (F @ (G @ w[..., None]).real.to(F))[..., 0]
+    return Increments(z * R, F, G, B_bar)
 
 
 def _check_system(Lambda, P, B, C, dt, **batches) -> Tensor:
@@ -66,12 +113,21 @@ def _check_system(Lambda, P, B, C, dt, **batches) -> Tensor:
     dt = torch.as_tensor(dt, dtype=Lambda.real.dtype, device=Lambda.device)
     shapes = {"Lambda": Lambda.shape[:-1], "P": P.shape[:-2]}
     shapes |= {"B": B.shape[:-1], "C": C.shape[:-1], "dt": dt.shape}
-    _check_broadcast(**shapes, **batches)
+    check_broadcast(shapes | batches)
     return dt
 
 
-def _check_broadcast(**shapes: torch.Size) -> None:
-    """Refuse batch axes that cannot be broadcast."""
+def check_broadcast(shapes: dict[str, torch.Size]) -> None:
+    """Refuse batch axes that cannot be broadcast.
+
+    Args:
+        shapes: of the batch axes of each argument, by its name.
+
+    Raises:
+        ValueError: they do not broadcast with one another.
+
+    Source: book/recurrence.md.
+    """
     try:
         torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
@@ -114,68 +170,114 @@ def dplr_step(
     """
     check_tensors(Lambda=(Lambda, "... n"), x=(x, "... n"), u=(u, "real ..."))
     dt = _check_system(Lambda, P, B, C, dt, u=u.shape, x=x.shape[:-1])
-    return _step(Lambda, P, B, C, dt, u, x)
+    E, F, G, B_bar = increments(Lambda, P, B, dt)
+    q = 2 * (G * x[..., None, :]).sum(-1).real  # (..., r)
+    d = E * x - (F * q[..., None, :]).sum(-1) + B_bar * u[..., None]
+    x = x + d
+    return 2 * (C * x).sum(-1).real, x
 
 
-class Increments(NamedTuple):
-    """A sampled system as the change that one step makes.
+def to_real(x: Tensor) -> Tensor:
+    """Write a column in real coordinates.
 
-    A step is x + E x - F 2 Re(G x) + B_bar u. Without a low-rank term F and
-    G are None.
+    Args:
+        x: (..., n) a half state or input vector.
+
+    Returns:
+        [Re x; Im x] (..., 2n).
+
+    Source: book/recurrence.md.
+    """
+    x = x + 0j  # complex also where a caller's vector is real
+    return torch.cat((x.real, x.imag), -1)
+
+
+def to_row(c: Tensor) -> Tensor:
+    """Write a row in real coordinates.
+
+    Args:
+        c: (..., n) an output vector.
+
+    Returns:
+        (..., 2n), whose product with to_real(x) is 2 Re(c x).
+
+    Source: book/recurrence.md.
+    """
+    c = c + 0j
+    return 2 * torch.cat((c.real, -c.imag), -1)
+
+
+def to_half(s: Tensor) -> Tensor:
+    """Read a column in real coordinates.
+
+    Args:
+        s: [Re x; Im x] (..., 2n).
+
+    Returns:
+        x (..., n), complex.
+
+    Source: book/recurrence.md.
+    """
+    return torch.complex(*(part.contiguous() for part in s.chunk(2, -1)))
+
+
+class RealIncrements(NamedTuple):
+    """Increments in real coordinates, N = 2n.
 
     Attributes:
-        E: (..., n) the diagonal part of A_bar - I.
-        F: (..., n, r) and
-        G: (..., r, n) the factors of its low-rank part.
-        B_bar: (..., n) the sampled input vector.
+        same: (..., N) what multiplies a coordinate, and
+        other: (..., N) its counterpart in the other half, in E x.
+        F: (..., r, N) and
+        G: (..., r, N) the low-rank part, or None.
+        B_bar: (..., N) the sampled input vector.
 
     Source: book/recurrence.md.
     """
 
-    E: Tensor
+    same: Tensor
+    other: Tensor
     F: Tensor | None
     G: Tensor | None
     B_bar: Tensor
 
 
-def dplr_increments(
-    Lambda: Tensor, P: Tensor, B: Tensor, dt: float | Tensor
-) -> Increments:
-    """Prepare the bilinear step of a half-spectrum DPLR system.
+def in_real(step: Increments) -> RealIncrements:
+    """Write increments of a half spectrum in real coordinates.
 
     Args:
-        Lambda: (..., n) eigenvalues, one of each conjugate pair, in 1/time.
-        P: (..., n, r) low-rank factor; A = diag(Lambda) - P P*.
-        B: (..., n) input vector.
-        dt: step (...), in the same unit of time, > 0.
+        step: from increments, or of a diagonal system.
 
     Returns:
-        E (..., n), F (..., n, r), G (..., r, n), B_bar (..., n).
-
-    Raises:
-        TypeError: an argument is no tensor of numbers.
-        ValueError: shapes do not agree, an entry is not finite, or dt <= 0.
+        The same, N = 2n.
 
     Source: book/recurrence.md.
     """
-    dt = _check_system(Lambda, P, B, B, dt)
-    R = 1 / (1 - dt[..., None] / 2 * Lambda)  # (..., n)
-    G, step = P.mH * R[..., None, :], dt[..., None, None]
-    small = step * (G @ P).real
-    small = small + torch.eye(P.shape[-1]).to(small)  # (..., r, r)
-    F = step * R[..., None] * (P @ torch.linalg.inv(small).to(P))
-    E = dt[..., None] * Lambda * R
-    B_bar = _solve(Lambda, P, dt / 2, dt[..., None] * B)
-    return Increments(E, F, G, B_bar)
+    E, F, G, B_bar = step
+    same, other = torch.cat((E.real,) * 2, -1), torch.cat((-E.imag, E.imag), -1)
+    if F is not None:
+        F, G = to_real(F.mT), to_row(G)
+    return RealIncrements(same, other, F, G, to_real(B_bar))
 
 
-def _advance(step: Increments, u: Tensor, x: Tensor) -> Tensor:
-    """Return the state after a step; nothing is examined."""
-    d = step.E * x + step.B_bar * u[..., None]
+def advance(step: RealIncrements, u: Tensor, s: Tensor) -> Tensor:
+    """Take one step in real coordinates.
+
+    Args:
+        step: the sampled system, batch axes "...".
+        u: (...) the input, real.
+        s: (..., N) the state before it.
+
+    Returns:
+        (..., N) the state after it.
+
+    Source: book/recurrence.md.
+    """
+    d = step.B_bar * u[..., None]
     if step.F is not None:
-        q = 2 * (step.G @ x[..., None]).real  # (..., r, 1)
-        d = d - (step.F @ q.to(x))[..., 0]
-    return x + d
+        for F, G in zip(step.F.unbind(-2), step.G.unbind(-2), strict=True):
+            d = torch.addcmul(d, F, (G * s).sum(-1, keepdim=True), value=-1)
+    d = torch.addcmul(d, step.same, s)
+    return s + torch.addcmul(d, step.other, s.roll(s.shape[-1] // 2, -1))
 
 
 def state_as_input(Lambda: Tensor, P: Tensor, dt: float | Tensor, x: Tensor) -> Tensor:
@@ -198,7 +300,7 @@ def state_as_input(Lambda: Tensor, P: Tensor, dt: float | Tensor, x: Tensor) -> 
     """
     check_tensors(Lambda=(Lambda, "... n"), x=(x, "... n"))
     dt = _check_system(Lambda, P, Lambda, Lambda, dt, x=x.shape[:-1])
-    return x / dt[..., None] + _apply(Lambda, P, x) / 2
+    return x / dt[..., None] + apply(Lambda, P, x) / 2
 
 
 def state_response(
@@ -235,32 +337,40 @@ def state_response(
     return dplr_kernel(Lambda, P, B, C, dt, L, backend)
 
 
-def _powers(Lambda, P, dt, count):
-    """Return A_bar^m - I in real coordinates, for m = 1, 2, 4, ..."""
-    E = [dplr_difference(Lambda, P, dt)]  # (..., 2n, 2n)
+def _difference(step: RealIncrements) -> Tensor:
+    """Write A_bar - I as a matrix (..., N, N)."""
+    n = step.same.shape[-1] // 2
+    turn = torch.diag_embed(step.same[..., :n]), torch.diag_embed(step.other[..., n:])
+    top = torch.cat((turn[0], -turn[1]), -1)
+    return torch.cat((top, torch.cat(turn[::-1], -1)), -2) - step.F.mT @ step.G
+
+
+def _powers(step: RealIncrements, count: int) -> list[Tensor]:
+    """Return A_bar^m - I, each (..., N, N), for m = 1, 2, 4, ..."""
+    E = [_difference(step)]
     for _ in range(count - 1):
         E.append(2 * E[-1] + E[-1] @ E[-1])
     return E
 
 
-def _forced(powers, B_bar, u):
-    """Return the real state that an input leaves, from zero, in a tree."""
+def _forced(E, B_bar, u):
+    """Return the states (..., b, N) that inputs (..., b, L) leave, in a tree."""
     L, N = u.shape[-1], B_bar.shape[-1]
     m = min(L.bit_length() - 1, N.bit_length())
     W = B_bar[..., None]  # (..., N, 1)
-    for E in powers[:m]:
-        W = torch.cat((W + E @ W, W), -1)  # (..., N, 2^m)
+    for E_m in E[:m]:
+        W = torch.cat((W + E_m @ W, W), -1)  # (..., N, 2^m)
     blocks = F.pad(u, (-L % 2**m, 0)).unflatten(-1, (-1, 2**m))
-    z = blocks @ W.mT  # (..., J, N), one partial state for each block
-    for E in powers[m:]:
+    z = blocks @ W[..., None, :, :].mT  # (..., b, J, N): a state for each block
+    for E_m in E[m:]:
         if z.shape[-2] > 1:
             z = F.pad(z, (0, 0, z.shape[-2] % 2, 0))
             old, new = z[..., 0::2, :], z[..., 1::2, :]
-            z = old + old @ E.mT + new
+            z = old + (old.flatten(-3, -2) @ E_m.mT).view(old.shape) + new
     return z[..., 0, :]
 
 
-def _align_right(u: Tensor, lengths: Tensor) -> Tensor:
+def _align_right(u, lengths):
     """Move the first lengths samples to the end; zeros before them."""
     L = u.shape[-1]
     index = torch.arange(L, device=u.device) - (L - lengths[..., None])
@@ -269,12 +379,67 @@ def _align_right(u: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(index >= 0, moved, torch.zeros_like(u))
 
 
-def _free(powers, s, lengths):
-    """Return A_bar^lengths s for a real state s, by binary digits."""
-    for i, E in enumerate(powers):
-        moved = s + (E @ s[..., None])[..., 0]
+def _free(E, s, lengths):
+    """Return A_bar^lengths s for states s (..., b, N), by binary digits."""
+    for i, E_m in enumerate(E):
+        moved = s + s @ E_m.mT
         s = torch.where((lengths >> i)[..., None] % 2 == 1, moved, s)
     return s
+
+
+def state_after(
+    step: RealIncrements, u: Tensor, s: Tensor | None, lengths: Tensor | None
+) -> Tensor:
+    """Return the states after chunks of input, in real coordinates.
+
+    Values are not examined; lengths are taken as the nearest in 0 ... L.
+
+    Args:
+        step: the sampled systems, batch axes "...".
+        u: (..., b, L) b inputs to each system.
+        s: (..., b, N) the states before them; zero if None.
+        lengths: (..., b) how many of the L steps to take; all if None.
+
+    Returns:
+        (..., b, N) the states afterwards.
+
+    Source: book/recurrence.md.
+    """
+    L = u.shape[-1]
+    E = _powers(step, L.bit_length())
+    if lengths is None:
+        lengths = torch.tensor(L, device=u.device)
+    else:
+        lengths = lengths.clamp(0, L)
+        u = _align_right(u, lengths)
+    forced = _forced(E, step.B_bar, u)
+    return forced if s is None else forced + _free(E, s, lengths)
+
+
+def state_echo(step: RealIncrements, C: Tensor, s: Tensor, L: int) -> Tensor:
+    """Return the next L outputs that states cause, in real coordinates.
+
+    Args:
+        step: the sampled systems, batch axes "...".
+        C: (..., N) their output rows, from to_row.
+        s: (..., b, N) b states of each system.
+        L: how many outputs, >= 1.
+
+    Returns:
+        (..., b, L), the numbers C A_bar^(k+1) s for k = 0 ... L-1.
+
+    Source: book/recurrence.md.
+    """
+    E, R, M, m = _difference(step), C[..., None, :], 2 ** ((L - 1).bit_length() // 2), 1
+    X = s.mT + E @ s.mT  # (..., N, b)
+    while m < M:
+        X = torch.cat((X, X + E @ X), -1)  # (..., N, m b)
+        E, m = 2 * E + E @ E, 2 * m
+    while R.shape[-2] * M < L:
+        R = torch.cat((R, R + R @ E), -2)
+        E = 2 * E + E @ E
+    y = (R @ X).unflatten(-1, (M, -1)).flatten(-3, -2)  # (..., J M, b)
+    return y[..., :L, :].mT
 
 
 def check_lengths(lengths: Tensor, L: int) -> None:
@@ -302,26 +467,6 @@ def check_lengths(lengths: Tensor, L: int) -> None:
         raise ValueError(
             f"lengths: expected integers in 1 ... {L}, got {bad[0].item()}"
         )
-
-
-def _final_state(Lambda, P, B, dt, u, x0, lengths):
-    """Return the state after a chunk, without examining the arguments."""
-    powers = _powers(Lambda, P, dt, u.shape[-1].bit_length())
-    B_bar = _solve(Lambda, P, dt / 2, dt[..., None] * B)
-    if lengths is None:
-        lengths = torch.tensor(u.shape[-1], device=u.device)
-    else:
-        u = _align_right(u, lengths)
-    s = _forced(powers, _real(B_bar), u)
-    if x0 is not None:
-        s = s + _free(powers, _real(x0), lengths)
-    return torch.complex(*s.chunk(2, -1))
-
-
-def _real(x):
-    """Write a half state in real coordinates, [Re x; Im x]."""
-    x = x + 0j  # complex also where a caller's vector is real
-    return torch.cat((x.real, x.imag), -1)
 
 
 def final_state(
@@ -366,4 +511,7 @@ def final_state(
         check_lengths(lengths, L)
         batches["lengths"] = lengths.shape
     dt = _check_system(Lambda, P, B, B, dt, **batches)
-    return _final_state(Lambda, P, B, dt, u, x0, lengths)
+    step = in_real(increments(Lambda, P, B, dt))
+    s = None if x0 is None else to_real(x0)[..., None, :]
+    lengths = None if lengths is None else lengths[..., None]
+    return to_half(state_after(step, u[..., None, :], s, lengths)[..., 0, :])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from s4mini.convolve import krylov_kernel
 from s4mini.discretization import discretize
-from s4mini.layer import S4Layer, mask_padding, two_sided_conv
+from s4mini.layer import S4Layer, long_conv, mask_padding
 from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
 from s4mini.projection import hippo
@@ -57,10 +57,12 @@ def in_chunks(layer, u, sizes, state=None):
 @pytest.mark.parametrize("L", [1, 2, 31, 200])
 def test_convolution_is_recurrence(dtype, N, L):
     layer, u = make(N=N, dtype=dtype), signal(2, L, 4, dtype=dtype)
-    y, none = layer(u)
+    y, x_rest = layer(u)
     y_steps, x_steps = stepwise(layer, u)
     y_carried, x = layer(u, layer.initial_state(2))
-    assert none is None and y.shape == u.shape and y.dtype == dtype
+    assert y.shape == u.shape and y.dtype == dtype
+    assert relative(x_rest, x_steps) < TOLERANCE[dtype]
+    assert torch.equal(layer(u, return_state=False), y)
     assert relative(y, y_steps) < TOLERANCE[dtype]
     assert relative(y_carried, y_steps) < TOLERANCE[dtype]
     assert relative(x, x_steps) < TOLERANCE[dtype]
@@ -238,7 +240,7 @@ def test_tied_channels_are_one_system():
 @pytest.mark.parametrize("measure", MEASURES)
 def test_stepper_is_frozen_and_needs_no_gradient(measure):
     layer, u = make(measure=measure), signal(2, 4)
-    step, state = layer.stepper(), signal(2, 4, 4) + 0j
+    step, state = layer.stepper(), signal(2, 4, 8)
     before = step(u, state)
     assert not any(v.requires_grad for v in before) and not list(step.parameters())
     train(layer, 1)
@@ -284,7 +286,7 @@ class Around(torch.nn.Module):
 
 @pytest.mark.parametrize("measure", ["legs", "diag-lin"])
 def test_compiled(measure):
-    """torch.compile leaves the layer whole: one break, and the same values and gradients."""
+    """torch.compile gives the same values and gradients, a diagonal layer in one graph."""
     torch._dynamo.reset()
     layer, u = make(measure=measure, dtype=torch.float32), signal(2, 30, 4, dtype=torch.float32)
     network = Around(layer)
@@ -297,7 +299,8 @@ def test_compiled(measure):
         return graph
 
     z = torch.compile(network, backend=collect)(u)
-    assert torch.allclose(z, y, atol=1e-6) and len(graphs) == 2
+    assert torch.allclose(z, y, atol=1e-6)
+    assert len(graphs) == 1 or measure == "legs"
     for a, b in zip(gradients(network, z.sum()), first, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
     step, state = layer.stepper(), layer.initial_state(2)
@@ -374,7 +377,7 @@ def test_generator_and_dtype():
     assert dt.min() >= 1e-3 and dt.max() <= 1e-1
     assert abs(dt.log().mean().exp() - 1e-2) < 5e-4
     layer = make(dtype=torch.float64)
-    assert layer.initial_state(2).dtype == torch.complex128
+    assert layer.initial_state(2).dtype == torch.float64
     assert layer.kernel(5).dtype == torch.float64
 
 
@@ -404,19 +407,18 @@ def test_bad_layer(error, name, changed):
 
 
 U = signal(2, 6, 4)
-STATE = torch.zeros(2, 4, 4, dtype=torch.complex128)
+STATE = torch.zeros(2, 4, 8, dtype=torch.float64)
 BAD_FORWARD = [
     (TypeError, "u", {"u": [1.0]}),
     (TypeError, "u", {"u": U + 0j}),
     (TypeError, "u", {"u": U.float()}),
-    (ValueError, "u", {"u": U[0]}),
+    (ValueError, "u", {"u": U[0, 0]}),
     (ValueError, "u", {"u": U[..., :3]}),
     (ValueError, "u", {"u": U[:, :0]}),
-    (ValueError, "u", {"u": U * float("nan")}),
     (ValueError, "state", {"state": STATE[:1]}),
     (ValueError, "state", {"state": STATE[..., :3]}),
-    (TypeError, "state", {"state": STATE.real}),
-    (TypeError, "state", {"state": STATE.to(torch.complex64)}),
+    (TypeError, "state", {"state": STATE + 0j}),
+    (TypeError, "state", {"state": STATE.float()}),
     (TypeError, "lengths", {"lengths": [6, 6]}),
     (TypeError, "lengths", {"lengths": torch.tensor([6.0, 6.0])}),
     (ValueError, "lengths", {"lengths": torch.tensor([6])}),
@@ -446,7 +448,7 @@ def test_bad_step():
     with pytest.raises(ValueError, match=r"^rate"):
         layer.step(U[:, 0], STATE, rate=0.0)
     with pytest.raises(ValueError, match=r"^batch"):
-        layer.initial_state(0)
+        layer.initial_state(-1)
     both = make(bidirectional=True)
     calls = [
         lambda: both.step(U[:, 0], STATE),
@@ -461,14 +463,16 @@ def test_bad_step():
 
 def test_bad_stepper():
     step = make().stepper()
-    for u, state in (
-        (U[:, 0], STATE[:1]),
-        (U, STATE),
-        (U[:, 0], STATE[..., :3]),
-        (U[:, 0, :3], STATE),
+    for name, u, state in (
+        ("state", U[:, 0], STATE[:1]),
+        ("u", U, STATE),
+        ("state", U[:, 0], STATE[..., :3]),
+        ("u", U[:, 0, :3], STATE),
     ):
-        with pytest.raises(ValueError, match=r"^u, state: expected shapes"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected \("):
             step(u, state)
+    with pytest.raises(TypeError, match=r"^state: .*complex"):
+        step(U[:, 0], STATE + 0j)
     with pytest.raises(TypeError, match=r"^u: expected torch.float64"):
         step(U[:, 0].float(), STATE)
     with pytest.raises(ValueError, match=r"^rate"):
@@ -476,10 +480,6 @@ def test_bad_stepper():
 
 
 def test_bad_helpers():
-    with pytest.raises(ValueError, match=r"^K"):
-        two_sided_conv(U[0, :, 0], signal(3, 6))
-    with pytest.raises(ValueError, match=r"^K"):
-        two_sided_conv(U[0, :, 0], signal(2, 5))
     with pytest.raises(TypeError, match=r"^u"):
         mask_padding(None, torch.tensor([1]))
     with pytest.raises(ValueError, match=r"^H"):

@@ -11,13 +11,16 @@ from s4mini.kernel import dplr_kernel
 from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.projection import hippo
 from s4mini.recurrence import (
-    _advance,
+    advance,
     check_lengths,
-    dplr_increments,
     dplr_step,
     final_state,
+    in_real,
+    increments,
     state_as_input,
     state_response,
+    to_half,
+    to_real,
 )
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -210,26 +213,15 @@ def test_prepared_step(r):
     for dtype, tolerance in TOLERANCE.items():
         Lambda, P, B, C, x = system(8, r, dtype, batch=(3,))
         dt = torch.tensor([0.01, 0.1, 2.0], dtype=dtype)
-        prepared = dplr_increments(Lambda, P, B, dt)
-        assert prepared.F.shape == (3, 4, r) and prepared.G.shape == (3, r, 4)
+        prepared = in_real(increments(Lambda, P, B, dt))
+        assert prepared.F.shape == prepared.G.shape == (3, r, 8)
         u = torch.randn(5, 3, dtype=dtype, generator=torch.Generator().manual_seed(2))
-        truth = x = x.expand(5, 3, 4)
+        truth = x.expand(5, 3, 4)
+        state = to_real(truth)
         for _ in range(4):
             _, truth = dplr_step(Lambda, P, B, C, dt, u, truth)
-            x = _advance(prepared, u, x)
-        assert relative(x, truth) < tolerance
-
-
-def test_bad_increments():
-    Lambda, P, B, _, _ = system(8, 1)
-    for error, name, changed in (
-        (ValueError, "dt", {"dt": 0.0}),
-        (ValueError, "P", {"P": P[:3]}),
-        (TypeError, "B", {"B": [1.0]}),
-        (ValueError, "Lambda", {"Lambda": Lambda * float("nan")}),
-    ):
-        with pytest.raises(error, match=rf"^{name}: "):
-            dplr_increments(**{"Lambda": Lambda, "P": P, "B": B, "dt": 0.1} | changed)
+            state = advance(prepared, u, state)
+        assert relative(to_half(state), truth) < tolerance
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
