@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from s4mini.convolve import krylov_kernel
 from s4mini.discretization import discretize
-from s4mini.layer import S4Layer, long_conv, mask_padding
+from s4mini.layer import S4Layer, mask_padding
 from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
 from s4mini.projection import hippo
