@@ -530,7 +530,9 @@ class S4Layer(nn.Module):
         systems = self.system(rate)
         dtype, wide = systems.dt.dtype, finest(self.D.device)
         kinds = (COMPLEX[wide],) * 4 + (wide,)
-        fine = (v if v is None else v.to(k) for v, k in zip(systems, kinds))
+        fine = (
+            v if v is None else v.to(k) for v, k in zip(systems, kinds, strict=True)
+        )
         step = _sampled_step(fine := Systems(*fine), self.method)
         *step, C = (
             v if v is None else v.to(dtype).contiguous()
