@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
 from s4mini.convolve import causal_conv
 from s4mini.discretization import discretize
+from s4mini.lowrank import half_spectrum, nplr
 from s4mini.memory import init_dt
 from s4mini.projection import hippo
 
@@ -32,6 +33,8 @@ __all__ = [
     "ATTENTIONS",
     "TransformerLayer",
     "unit_circle_kernel",
+    "PublishedKernel",
+    "PlainBlock",
 ]
 
 
@@ -463,3 +466,91 @@ def _unit_circle_kernel(
         fix = k[..., :-1, -1:, :] * k[..., -1:, :-1, :]
         k = k[..., :-1, :-1, :] - fix / (1 + k[..., -1:, -1:, :])
     return torch.fft.irfft(factor * k[..., 0, 0, :], n=L)
+
+
+class PublishedKernel(nn.Module):
+    """Hold the published kernel's parameters, for LegS in each channel.
+
+    Args:
+        d_model: the number H of channels.
+        d_state: the state size N of each, even.
+        keops: whether KeOps adds up the fractions; all are stored if not.
+        generator: the source of the random dt and C.
+
+    Attributes:
+        Lambda, P, B, C: (H, N/2, ..., 2), real and imaginary parts; C is
+            C (I - A_bar^L), which is what the official code learns.
+        log_dt: (H,) logarithm of the step.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is out of range.
+
+    Source: Gu et al. 2022a, algorithm 1; official S4 code; book/baselines.md.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        keops: bool = False,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        H = check_int("d_model", d_model)
+        N = check_int("d_state", d_state, minimum=2, even=True)
+        dt = init_dt(H, 1e-3, 1e-1, generator)
+        C = torch.randn(N // 2, 2, H, generator=generator).permute(2, 0, 1)
+        self.keops = keops
+        self.log_dt = nn.Parameter(dt.log().float())
+        self.C = nn.Parameter(C.contiguous())
+        for name, t in half_spectrum(nplr("legs", N))._asdict().items():
+            if name != "V":
+                t = torch.view_as_real(t.to(torch.complex64).resolve_conj())
+                setattr(self, name, nn.Parameter(t.repeat(H, *[1] * t.ndim)))
+
+    def forward(self, L: int) -> Tensor:
+        """Return the kernels (H, L)."""
+        parts = (self.Lambda, self.P, self.B, self.C)
+        system = [torch.view_as_complex(t) for t in parts]
+        return unit_circle_kernel(*system, self.log_dt.exp(), L, self.keops)
+
+
+class PlainBlock(nn.Module):
+    """Convolve, mix and normalise, written as plainly as possible.
+
+    Args:
+        d_model: the number H of channels.
+        kernel: a module that maps L to K (H, L), or a tensor (H, L), which
+            becomes a parameter.
+        generator: the source of the random initial values.
+
+    Raises:
+        TypeError: d_model is not an integer.
+        ValueError: d_model < 1.
+
+    Source: official S4 code; book/baselines.md.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        kernel: nn.Module | Tensor,
+        generator: Generator | None = None,
+    ) -> None:
+        super().__init__()
+        H = check_int("d_model", d_model)
+        is_tensor = isinstance(kernel, Tensor)
+        self.kernel = nn.Parameter(kernel) if is_tensor else kernel
+        self.D = nn.Parameter(torch.randn(H, generator=generator))
+        self.mix = _dense(H, 2 * H, generator)
+        self.norm = nn.LayerNorm(H)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map u (B, L, H) to the same shape."""
+        v, L = u.mT, u.shape[1]  # (B, H, L)
+        given = isinstance(self.kernel, Tensor)
+        K = self.kernel[:, :L] if given else self.kernel(L)
+        y = torch.fft.rfft(v, n=2 * L) * torch.fft.rfft(K, n=2 * L)
+        y = torch.fft.irfft(y, n=2 * L)[..., :L] + self.D[:, None] * v
+        return self.norm(u + F.glu(self.mix(F.gelu(y).mT), dim=-1))

@@ -1,13 +1,13 @@
 """How we measure.
 
-Time and memory of the kernel, the layer and a training step, for every backend and
-every rival, measured so that a ratio means something. The same functions run on this
-page and from the command line.
+Time and memory of the kernel, the block, a step and a training step, ours and the
+rivals' in turn, so that a ratio means something.
 
 Tangled from book/bench.md.
 """
 
 import argparse
+import ctypes
 import datetime
 import importlib
 import json
@@ -19,44 +19,45 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from s4mini.baselines import (
     ATTENTIONS,
     LSSLLayer,
+    PlainBlock,
+    PublishedKernel,
     TransformerLayer,
-    _direct_sums,
-    _keops_sums,
-    _unit_circle_kernel,
 )
+from s4mini.cauchy_sum import keops_available
 from s4mini.checks import check_choice, check_int, check_positive
-from s4mini.kernel import backends, dplr_kernel
 from s4mini.layer import S4Layer
-from s4mini.lowrank import half_spectrum, nplr
-from s4mini.memory import init_dt
 from s4mini.model import S4Block, S4Config, S4Model, parameter_groups
 
 __all__ = [
-    "time_runs",
+    "time_in_turn",
     "peak_memory",
-    "REFERENCES",
+    "keep_memory",
+    "CONTESTANTS",
     "Case",
     "rivals",
     "prepare",
     "predicted_bytes",
-    "measure_case",
-    "free_bytes",
+    "measure_memory",
+    "measure_times",
     "run_case",
     "ratio_table",
     "provenance",
+    "BenchOptions",
+    "cases",
     "run_bench",
 ]
 
@@ -67,60 +68,63 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def time_runs(
-    run: Callable[[], object],
-    repeat: int = 7,
-    budget: float = 10.0,
+def time_in_turn(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int = 7,
+    seconds: float = 10.0,
     device: str = "cpu",
-) -> dict[str, float]:
-    """Time a function that has been called before.
+) -> dict[str, dict[str, float]]:
+    """Time functions that have been called before, one after the other.
 
     Args:
-        run: what to call, without arguments.
-        repeat: how often at most, >= 1.
-        budget: seconds after which no further call begins, > 0.
+        runs: what to call, by name; the first is what ratios refer to.
+        rounds: how often at most each is called, >= 1.
+        seconds: after these no further round begins, > 0.
         device: "cpu" or "cuda", which is waited for.
 
     Returns:
-        median_s, low_s and high_s, the median and the quartiles in seconds,
-        and runs, how many calls they come from.
+        For each name min_s and median_s, in seconds; ratio, the median over
+        the rounds of its time divided by the first one's; and rounds.
 
     Raises:
-        TypeError: repeat is no integer, or budget no number.
-        ValueError: repeat < 1, budget <= 0, or the device is unknown.
+        TypeError: rounds is no integer, or seconds no number.
+        ValueError: rounds < 1, seconds <= 0, or the device is unknown.
 
     Source: book/bench.md.
     """
-    check_int("repeat", repeat)
-    check_positive("budget", budget)
+    check_int("rounds", rounds)
+    check_positive("seconds", seconds)
     check_choice("device", device, ("cpu", "cuda"))
-    seconds: list[float] = []
-    while len(seconds) < repeat and sum(seconds) < budget:
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    low, middle, high = statistics.quantiles(seconds * 2, n=4, method="inclusive")
-    return {"median_s": middle, "low_s": low, "high_s": high, "runs": len(seconds)}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    first = times[next(iter(runs))]
+    while len(first) < rounds and sum(map(sum, times.values())) < seconds:
+        for name, run in runs.items():
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: _figures(t, first) for name, t in times.items()}
 
 
-def _resident() -> tuple[int, int]:
+def _figures(times: list[float], first: list[float]) -> dict[str, float]:
+    """Return minimum, median and ratio of times taken in turn."""
+    return {
+        "min_s": min(times),
+        "median_s": statistics.median(times),
+        "ratio": statistics.median(t / f for t, f in zip(times, first, strict=True)),
+        "rounds": len(times),
+    }
+
+
+def _resident() -> dict[str, int]:
     """Return the present and the highest size of this process, in bytes."""
-    try:
-        text = Path("/proc/self/status").read_text("ascii")
-    except OSError:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
-        return 0, peak
-    lines = dict(line.split(":", 1) for line in text.splitlines())
-    present, peak = (lines[key].split()[0] for key in ("VmRSS", "VmHWM"))
-    return 1024 * int(present), 1024 * int(peak)
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    found = dict(line.split(":", 1) for line in lines)
+    return {key: 1024 * int(found[key].split()[0]) for key in ("VmRSS", "VmHWM")}
 
 
-def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
+def peak_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
     """Measure the extra memory at the peak of one call.
 
     Args:
@@ -130,7 +134,7 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
         device: "cpu" or "cuda".
 
     Returns:
-        Bytes. On a CPU without Linux's /proc an upper bound.
+        Bytes; None on a CPU where the system does not tell.
 
     Raises:
         ValueError: the device is unknown.
@@ -138,28 +142,51 @@ def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
     Source: book/bench.md.
     """
     check_choice("device", device, ("cpu", "cuda"))
-    _wait(device)
     if device == "cuda":
+        _wait(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         _wait(device)
         return torch.cuda.max_memory_allocated() - before
-    with suppress(OSError):  # lower the mark to the present size
+    try:  # lower the mark to the present size
         Path("/proc/self/clear_refs").write_text("5", "ascii")
-    before, _ = _resident()
+        before = _resident()["VmRSS"]
+    except OSError:
+        run()
+        return None
     run()
-    return _resident()[1] - before
+    return _resident()["VmHWM"] - before
 
 
-#: What can be measured, each with the one that ratios refer to.
-REFERENCES = {
-    "forward": "torch",
-    "kernel": "torch",
-    "layer": "torch",
-    "step": "torch",
-    "lssl": "S4",
-    "attention": "softmax",
+def keep_memory() -> bool:
+    """Let this process keep the memory that its tensors give back.
+
+    On Linux, glibc returns each large block to the system as soon as it is
+    free, and a training step then pays for fresh pages at every tensor. Call
+    this at the start of a program of your own; no other function of the
+    library does, because the setting belongs to the whole process.
+
+    Returns:
+        Whether it is set: False where the C library is not glibc.
+
+    Source: book/bench.md.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+#: What can be measured, and who takes part; ratios refer to the first.
+CONTESTANTS = {
+    "kernel": ("ours", "floor", "keops", "direct"),
+    "block": ("ours", "free", "keops"),
+    "step": ("stepper", "floor", "step", "LSTM"),
+    "training": ("ours", "LSTM"),
+    "lssl": ("S4", "S4-small", "LSSL"),
+    "attention": ("S4", *ATTENTIONS),
 }
 
 
@@ -168,13 +195,14 @@ class Case:
     """One thing to measure.
 
     Args:
-        what: "forward", "kernel", "layer", "step", "lssl" or "attention".
-        name: the backend or the rival.
+        what: a key of CONTESTANTS.
         H: channels, >= 1.
         L: steps of a sequence, >= 1.
-        N: state size, even; for "lssl" it is H, or H/4 for "S4-small".
+        N: state size, even; "lssl" has H, or H/4, instead.
         batch: sequences at once.
-        depth: layers, for "step" and "attention".
+        depth: layers, for "training" and "attention".
+        threads: of PyTorch on the CPU; its own choice if None.
+        keep: whether the process keeps its memory, as by keep_memory.
 
     Raises:
         TypeError: a size is not an integer.
@@ -184,31 +212,141 @@ class Case:
     """
 
     what: str
-    name: str
     H: int
     L: int
     N: int = 64
     batch: int = 1
     depth: int = 1
+    threads: int | None = None
+    keep: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("what", self.what, tuple(REFERENCES))
+        check_choice("what", self.what, tuple(CONTESTANTS))
         for size in ("H", "L", "batch", "depth"):
             check_int(size, getattr(self, size))
         check_int("N", self.N, minimum=2, even=True)
-        if self.what == "lssl":
-            check_int("H", self.H, minimum=8, even=True)
+        if self.threads is not None:
+            check_int("threads", self.threads)
+        if self.what == "lssl" and (self.H % 8 or self.H < 8):
+            raise ValueError(f"H: expected a multiple of 8, got {self.H}")
         if self.what == "attention" and self.H % 4:
-            raise ValueError(
-                f"H: expected a multiple of 4, one for each head, got {self.H}"
-            )
+            raise ValueError(f"H: expected a multiple of 4, got {self.H}")
+
+
+def _output(y: Tensor | tuple) -> Tensor:
+    """Return the output of a layer that may return a state as well."""
+    return y[0] if isinstance(y, tuple) else y
+
+
+def _gradients(
+    run: Callable[[], Tensor], inputs: Sequence[Tensor], generator: Generator
+) -> Callable[[], object]:
+    """Return a function that runs forward and backward."""
+    w = torch.randn(run().shape, generator=generator).to(inputs[0].device)
+    return lambda: torch.autograd.grad(run(), inputs, w)
+
+
+def _training(
+    module: nn.Module, u: Tensor, generator: Generator
+) -> Callable[[], object]:
+    """Return a function that trains a module for one step."""
+    w = torch.randn(_output(module(u)).shape, generator=generator).to(u)
+    optimizer = torch.optim.AdamW(parameter_groups(module), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (_output(module(u)) * w).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+class _Stack(nn.Module):
+    """Layers one after the other; states that layers return are dropped."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, u: Tensor) -> Tensor:
+        for layer in self.layers:
+            u = _output(layer(u))
+        return u
+
+
+def _module(case: Case, name: str, generator: Generator) -> nn.Module:
+    """Make the network of a contestant."""
+    H, N, options = case.H, case.N, {"generator": generator}
+    ours = S4Config(1, 10, H, case.depth, N, dropout=0.0)
+    if case.what == "block":
+        if name == "ours":
+            return S4Block(ours, **options)
+        kernel = torch.randn(H, case.L, generator=generator)
+        if name == "keops":
+            kernel = PublishedKernel(H, N, keops=True, **options)
+        return PlainBlock(H, kernel, **options)
+    if case.what == "lssl":
+        if name == "LSSL":
+            return LSSLLayer(H, H, **options)
+        return _Stack(S4Layer(H, H if name == "S4" else H // 4, **options))
+    if name == "ours":
+        return S4Model(ours, **options)
+    if name == "LSTM":
+        lstm = nn.LSTM(1, H, case.depth, batch_first=True)
+        return _Stack(lstm, nn.Linear(H, 10))
+    if name == "S4":
+        return _Stack(*(S4Block(ours, **options) for _ in range(case.depth)))
+    return _Stack(*(TransformerLayer(H, 4, name, **options) for _ in range(case.depth)))
+
+
+def _kernel(case: Case, name: str, device: str, generator: Generator):
+    """Return a function that computes H kernels and their gradients."""
+    if name == "floor":
+        sizes = (math.isqrt(case.L), case.N), (case.N, math.isqrt(case.L))
+        tables = [
+            torch.randn(case.H, *size, generator=generator).to(device) for size in sizes
+        ]
+        tables = [t.requires_grad_() for t in tables]
+        return _gradients(lambda: tables[0] @ tables[1], tables, generator)
+    module = S4Layer(case.H, case.N, generator=generator)
+    run = partial(module.kernel, case.L)
+    if name != "ours":
+        keops = name == "keops"
+        module = PublishedKernel(case.H, case.N, keops, generator)
+        run = partial(module, case.L)
+    parameters = [p for name, p in module.to(device).named_parameters() if name != "D"]
+    return _gradients(run, parameters, generator)
+
+
+def _steps(case: Case, name: str, device: str, generator: Generator):
+    """Return a function that takes L single steps."""
+    u = torch.randn(case.batch, case.H, generator=generator).to(device)
+    layer = S4Layer(case.H, case.N, generator=generator).to(device)
+    cell = nn.LSTMCell(case.H, case.H).to(device)
+    state = layer.initial_state(case.batch)
+    stepper = layer.stepper()
+    take = {
+        "step": layer.step,
+        "stepper": stepper,
+        "floor": lambda u, s: (None, s * 0.5 + 1),
+        "LSTM": lambda u, state: (None, cell(u, state)),
+    }[name]
+
+    @torch.no_grad()
+    def run() -> None:
+        s = (u, u) if name == "LSTM" else state
+        s = u.new_zeros(*u.shape, case.N) if name == "floor" else s
+        for _ in range(case.L):
+            _, s = take(u, s)
+
+    return run
 
 
 def rivals(what: str) -> dict[str, str]:
     """List who can be measured here.
 
     Args:
-        what: one of REFERENCES.
+        what: a key of CONTESTANTS.
 
     Returns:
         name -> "" where it can, else the reason why not.
@@ -218,116 +356,20 @@ def rivals(what: str) -> dict[str, str]:
 
     Source: book/bench.md.
     """
-    check_choice("what", what, tuple(REFERENCES))
-    if what == "lssl":
-        return dict.fromkeys(("S4", "S4-small", "LSSL"), "")
-    if what == "attention":
-        return dict.fromkeys(("S4", *ATTENTIONS), "")
-    found = backends()
-    if not found["triton"] and not torch.cuda.is_available():
-        found["triton"] = "interpreted, which says nothing about its speed"
-    if what in ("forward", "kernel"):
-        found |= {"published": "", "published-keops": found["keops"]}
-    return found
+    check_choice("what", what, tuple(CONTESTANTS))
+    return {
+        name: keops_available() if name == "keops" else "" for name in CONTESTANTS[what]
+    }
 
 
-def _random(shape: tuple, generator: Generator, device: str) -> Tensor:
-    """Draw normal numbers on the CPU, so that every device has the same."""
-    return torch.randn(shape, generator=generator).to(device)
-
-
-def _prepare_kernel(
-    case: Case, device: str, generator: Generator
+def prepare(
+    case: Case, name: str, device: str = "cpu", seed: int = 0
 ) -> Callable[[], object]:
-    """Return a function that computes the kernels of a case."""
-    modes = half_spectrum(nplr("legs", case.N))
-    system = [t.expand(case.H, *t.shape) for t in modes[:3]]
-    dt = init_dt(case.H, 1e-3, 1e-1, generator).to(device, torch.float32)
-    C = _random((*system[2].shape, 2), generator, device)
-    C = torch.view_as_complex(C)
-    inputs = [t.to(device, torch.complex64, copy=True) for t in (*system, C)]
-    inputs = [t.requires_grad_() for t in (*inputs, dt)]
-    weight = _random((case.H, case.L), generator, device)
-    kernel = _kernel(case)
-
-    def forward():
-        with torch.no_grad():
-            return kernel(*inputs, case.L)
-
-    def both():
-        return torch.autograd.grad(kernel(*inputs, case.L), inputs, weight)
-
-    return forward if case.what == "forward" else both
-
-
-def _kernel(case: Case) -> Callable:
-    """Return the kernel function of a backend or of the published form."""
-    if case.name.startswith("published"):
-        sums = _keops_sums if case.name.endswith("keops") else _direct_sums
-        return lambda *inputs: _unit_circle_kernel(*inputs, sums)
-    return lambda *inputs: dplr_kernel(*inputs, backend=case.name)
-
-
-class _Stack(nn.Module):
-    """Layers one after the other; states that layers return are dropped."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, u: Tensor) -> Tensor:
-        for layer in self.layers:
-            u = layer(u)
-            u = u[0] if isinstance(u, tuple) else u
-        return u
-
-
-def _module(case: Case, generator: Generator) -> nn.Module:
-    """Make the network of a case."""
-    H, N, random = case.H, case.N, {"generator": generator}
-    if case.what == "step":
-        config = S4Config(d_output=10, d_model=H, n_layers=case.depth, d_state=N)
-        return S4Model(config, generator)
-    if case.what == "layer":
-        return _Stack([S4Layer(H, N, **random)])
-    if case.what == "lssl":
-        if case.name == "LSSL":
-            return _Stack([LSSLLayer(H, H, **random)])
-        N = H if case.name == "S4" else H // 8 * 2
-        return _Stack([S4Layer(H, N, **random)])
-    if case.name == "S4":
-        config = S4Config(d_model=H, d_state=N, dropout=0.0)
-        return _Stack([S4Block(config, generator) for _ in range(case.depth)])
-    kind = {"attention": case.name}
-    return _Stack([TransformerLayer(H, **kind, **random) for _ in range(case.depth)])
-
-
-def _prepare_network(
-    case: Case, device: str, generator: Generator
-) -> Callable[[], object]:
-    """Return a function that trains the network of a case for one step."""
-    module = _module(case, generator).to(device)
-    for part in module.modules():
-        if isinstance(part, S4Layer) and case.what in ("layer", "step"):
-            part.backend = case.name
-    features = 1 if case.what == "step" else case.H
-    u = _random((case.batch, case.L, features), generator, device)
-    optimizer = torch.optim.AdamW(parameter_groups(module), lr=1e-3)
-
-    def step():
-        optimizer.zero_grad()
-        module(u).square().mean().backward()
-        if case.what != "layer":
-            optimizer.step()
-
-    return step
-
-
-def prepare(case: Case, device: str = "cpu", seed: int = 0) -> Callable[[], object]:
     """Return a function without arguments that does what a case measures.
 
     Args:
         case: what to prepare.
+        name: which of the contestants.
         device: "cpu" or "cuda".
         seed: of all random numbers.
 
@@ -335,264 +377,199 @@ def prepare(case: Case, device: str = "cpu", seed: int = 0) -> Callable[[], obje
         The function; its parameters and inputs are made already.
 
     Raises:
-        ValueError: the case names nobody who can take part here.
+        ValueError: the case has no such contestant here.
 
     Source: book/bench.md.
     """
     check_choice("device", device, ("cpu", "cuda"))
-    known = rivals(case.what)
-    check_choice("name", case.name, tuple(known))
-    if known[case.name]:
-        raise ValueError(f"name: {case.name} is absent: {known[case.name]}")
+    reasons = rivals(case.what)
+    check_choice("name", name, tuple(reasons))
+    if reasons[name]:
+        raise ValueError(f"name: {name} is absent: {reasons[name]}")
     generator = torch.Generator().manual_seed(seed)
-    make = _prepare_network
-    if case.what in ("forward", "kernel"):
-        make = _prepare_kernel
-    return make(case, device, generator)
+    if case.what in ("kernel", "step"):
+        make = _kernel if case.what == "kernel" else _steps
+        return make(case, name, device, generator)
+    module = _module(case, name, generator).to(device)
+    features = 1 if case.what == "training" else case.H
+    u = torch.randn(case.batch, case.L, features, generator=generator).to(device)
+    if case.what != "block":
+        return _training(module, u, generator)
+    u.requires_grad_()
+    inputs = u, *module.parameters()
+    return _gradients(lambda: module(u), inputs, generator)
 
 
-def predicted_bytes(case: Case) -> int:
-    """Estimate the extra memory of a case, before it is run.
+def predicted_bytes(case: Case, name: str) -> int:
+    """Estimate the large tables of a contestant, before it is run.
 
     Args:
         case: what would be measured.
+        name: which of the contestants.
 
     Returns:
-        Bytes, right within a factor of about two where they are many.
+        Bytes, right within a factor of about two; 0 for those who store no
+        table that is much larger than their inputs.
 
     Source: book/bench.md.
     """
-    H, L, N, M = case.H, case.L, case.N, case.L // 2 + 1
-    data = 4 * H * L * case.batch * case.depth
-    if case.what in ("forward", "kernel"):
-        back = case.what == "kernel"
-        kernels = (48 if back else 24) * 4 * H * L
-        tables = {"published": 32 * (6 if back else 2), "naive": 8 * 4}
-        return kernels + tables.get(case.name, 0) * H * N * M
-    if case.what == "lssl" and case.name == "LSSL":
-        powers = 2 * math.ceil(math.log2(max(L, 2))) + 6
-        return 4 * H * H * (powers * H + 4 * L) + 8 * data
-    naive = 32 * H * N * M * case.depth if case.name == "naive" else 0
-    weights = 4 * case.batch * case.depth * 4 * L * L
-    softmax = 5 * weights if case.name == "softmax" else 0
-    return 40 * data + naive + softmax
+    H, L = case.H, case.L
+    if name == "direct":
+        return 192 * H * case.N * (L // 2 + 1)
+    if name == "LSSL":
+        return 4 * (2 * (L - 1).bit_length() + 6) * H**3
+    if name == "softmax":
+        return 80 * case.batch * case.depth * L * L
+    return 0
 
 
-def measure_case(
-    case: Case,
-    device: str = "cpu",
-    repeat: int = 7,
-    budget: float = 10.0,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Measure a case in this process.
+def measure_memory(case: Case, name: str, device: str, seed: int) -> int | None:
+    """Return peak_memory of a contestant; to be called in a fresh process.
 
-    Args:
-        case: what to measure.
-        device: "cpu" or "cuda".
-        repeat: timed calls at most, >= 1.
-        budget: seconds after which no further call begins, > 0.
-        seed: of all random numbers.
-
-    Returns:
-        What time_runs returns, and memory_bytes.
-
-    Raises:
-        ValueError: an argument is out of range, or the rival is absent.
+    A small case goes first, so that programs are loaded and compiled.
 
     Source: book/bench.md.
     """
-    small = replace(case, H=min(case.H, 8), L=min(case.L, 32), batch=1)
-    prepare(small, device, seed)()
-    run = prepare(case, device, seed)
-    memory = peak_memory(run, device)
-    return time_runs(run, repeat, budget, device) | {"memory_bytes": memory}
+    _settle(case)
+    small = replace(case, H=8, L=min(case.L, 32), batch=1)
+    prepare(small, name, device, seed)()
+    return peak_memory(prepare(case, name, device, seed), device)
 
 
-def _context() -> multiprocessing.context.BaseContext:
-    """Return a way to start processes that have imported PyTorch."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    modules = ["s4mini", "s4mini.baselines", "torch._dynamo"]
-    context.set_forkserver_preload(modules)
-    return context
-
-
-def _child(pipe, case: dict, options: dict, threads: int | None) -> None:
-    """Measure a case, in a process of its own, and send the result."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        row = measure_case(Case(**case), **options) | {"status": "measured"}
-    except Exception as error:  # whatever it was, the others go on
-        reason = str(error).strip().split("\n")[0]
-        reason = f"{type(error).__name__}: {reason}"
-        row = {"status": "failed", "reason": reason}
-    pipe.send_bytes(json.dumps(row).encode())
-
-
-def free_bytes(device: str = "cpu") -> int:
-    """Return how much memory is free on a device.
-
-    Args:
-        device: "cpu" or "cuda".
-
-    Returns:
-        Bytes; all of the machine's where the system tells no more.
-
-    Raises:
-        ValueError: the device is unknown.
+def measure_times(case: Case, names: Sequence[str], device: str, seed: int, **limits):
+    """Return time_in_turn of contestants, in a process that may be changed.
 
     Source: book/bench.md.
     """
-    check_choice("device", device, ("cpu", "cuda"))
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    _settle(case)
+    runs = {name: prepare(case, name, device, seed) for name in names}
+    for run in runs.values():
+        run()
+    return time_in_turn(runs, device=device, **limits)
 
 
-def _receive(process, pipe, timeout: float) -> dict:
-    """Wait for the row of a child; end the child if it takes too long."""
-    if pipe.poll(timeout):
-        with suppress(EOFError):
-            row = json.loads(pipe.recv_bytes())
-            process.join()
-            return row
-        process.join()
-        reason = f"the process ended with exit code {process.exitcode}"
-        if process.exitcode == -9:
-            reason = "the process was killed, as happens when memory runs out"
-        return {"status": "failed", "reason": reason}
-    process.kill()
-    process.join()
-    return {"status": "skipped", "reason": f"took longer than {timeout:g} s"}
+def _settle(case: Case) -> None:
+    """Give this process the threads and the memory of a case."""
+    if case.threads is not None:
+        torch.set_num_threads(case.threads)
+    if case.keep:
+        keep_memory()
+
+
+def _elsewhere(function: str, case: Case, *args, **options):
+    """Call a function of this module, on a case, in a new process."""
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        preload = ["s4mini.baselines", "s4mini.model", "torch._dynamo"]
+        context.set_forkserver_preload(preload)
+    module = importlib.import_module("s4mini.bench")
+    work, case = getattr(module, function), module.Case(**asdict(case))
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(work, case, *args, **options).result()
 
 
 def run_case(
     case: Case,
     device: str = "cpu",
-    repeat: int = 7,
-    budget: float = 10.0,
+    rounds: int = 7,
+    seconds: float = 10.0,
+    memory: float = 4.0,
     seed: int = 0,
-    timeout: float = 300.0,
-    memory_limit: int | None = None,
-    threads: int | None = None,
-) -> dict:
-    """Measure a case in a process of its own, if it fits.
+    names: Sequence[str] = (),
+) -> list[dict]:
+    """Measure the contestants of a case, each where it can.
 
     Args:
         case: what to measure.
         device: "cpu" or "cuda".
-        repeat: timed calls at most, >= 1.
-        budget: seconds after which no further call begins, > 0.
+        rounds: how often at most each is timed, >= 1.
+        seconds: after these no further round begins, > 0.
+        memory: the largest tables allowed, in GiB, > 0.
         seed: of all random numbers.
-        timeout: seconds after which the process is ended, > 0.
-        memory_limit: bytes; four fifths of what is free if None.
-        threads: of PyTorch on the CPU; its own choice if None.
+        names: some of the contestants; all if empty.
 
     Returns:
-        The fields of the case; status, "measured", "skipped" or "failed",
-        with a reason; and, where measured, what measure_case returns.
+        A row for each: name, the fields of the case, and what time_in_turn
+        returns with memory_bytes, or the reason why there is no figure.
 
     Raises:
+        TypeError: an argument is of a wrong kind.
         ValueError: an argument is out of range.
 
     Source: book/bench.md.
     """
-    check_positive("timeout", timeout)
-    check_int("repeat", repeat)
-    check_positive("budget", budget)
-    if memory_limit is None:
-        memory_limit = free_bytes(device) * 4 // 5
-    needed = predicted_bytes(case)
-    if needed > memory_limit:
-        reason = (
-            f"would need about {needed / 2**30:.1f} GiB of memory, "
-            f"the limit is {memory_limit / 2**30:.1f} GiB"
-        )
-        return asdict(case) | {"status": "skipped", "reason": reason}
-    options = {"device": device, "repeat": repeat, "budget": budget, "seed": seed}
-    return asdict(case) | _in_child(asdict(case), options, threads, timeout)
+    check_int("rounds", rounds)
+    check_positive("seconds", seconds)
+    check_positive("memory", memory)
+    for name in names:
+        check_choice("names", name, CONTESTANTS[case.what])
+    found = {}
+    for name, reason in rivals(case.what).items():
+        if not names or name in names:
+            found[name] = _first_call(case, name, reason, device, memory, seed)
+    here = [name for name, figures in found.items() if "reason" not in figures]
+    limits = {"rounds": rounds, "seconds": seconds}
+    times = _elsewhere("measure_times", case, here, device, seed, **limits)
+    return [
+        {"name": name} | asdict(case) | figures | times.get(name, {})
+        for name, figures in found.items()
+    ]
 
 
-def _in_child(case: dict, options: dict, threads: int | None, timeout: float):
-    """Start a process for a case, and return its row."""
-    child = importlib.import_module("s4mini.bench")._child
-    context = _context()
-    ours, theirs = context.Pipe(duplex=False)
-    arguments = theirs, case, options, threads
-    process = context.Process(target=child, args=arguments, daemon=True)
-    process.start()
-    theirs.close()
-    return _receive(process, ours, timeout)
-
-
-def _cells(row: dict, base: dict | None) -> list[str]:
-    """Return the cells of one row of the table of ratios."""
-    cells = [str(row[key]) for key in ("what", "H", "L", "name")]
-    if row["status"] != "measured":
-        return [*cells, f"{row['status']}: {row['reason']}", "", "", ""]
-    low, high = (1e3 * row[key] for key in ("low_s", "high_s"))
-    cells.append(f"{1e3 * row['median_s']:.3g} ({low:.3g} to {high:.3g})")
-    cells.append(f"{row['memory_bytes'] / 2**20:.1f}")
-    if base is None or base["status"] != "measured":
-        return [*cells, "", ""]
-    for key in ("median_s", "memory_bytes"):
-        cells.append(f"{row[key] / base[key]:.3g}" if base[key] > 0 else "")
-    return cells
+def _first_call(case, name, reason, device, memory, seed) -> dict:
+    """Return memory_bytes of a contestant, or the reason why there is none."""
+    needed = predicted_bytes(case, name) / 2**30
+    if not reason and needed > memory:
+        reason = f"would need about {needed:.1f} GiB"
+    if reason:
+        return {"reason": reason}
+    try:
+        extra = _elsewhere("measure_memory", case, name, device, seed)
+    except Exception as error:  # whatever it was, the others go on
+        text = str(error).strip().split("\n")[0]
+        return {"reason": f"{type(error).__name__}: {text}"}
+    return {"memory_bytes": extra}
 
 
 def ratio_table(rows: Sequence[dict]) -> str:
-    """Return rows as a Markdown table, with ratios to each group's reference.
+    """Return rows as a Markdown table.
 
     Args:
         rows: as run_case returns them.
 
     Returns:
-        The table; rows of equal what, H, L and N form a group. The last two
-        columns are time and memory divided by those of the reference.
+        The table. Its ratio is to the first contestant of the case; a
+        contestant without figures is not shown.
 
     Source: book/bench.md.
     """
-    head = ("what", "H", "L", "name", "time (ms), quartiles", "memory (MiB)")
-    head = [*head, "time ratio", "memory ratio"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [
+        "| what | H, L, N | batch, threads | who | min, median (ms) | ratio | MiB |",
+        "|---" * 7 + "|",
+    ]
     for row in rows:
-        same = [
-            r
-            for r in rows
-            if all(r[key] == row[key] for key in ("what", "H", "L", "N"))
-            and r["name"] == REFERENCES[row["what"]]
-        ]
-        cells = _cells(row, same[0] if same else None)
+        if "reason" in row:
+            continue
+        size = ", ".join(str(row[key]) for key in "HLN")
+        how = f"{row['batch']}, {row['threads'] or 'all'}"
+        how += ", memory kept" if row["keep"] else ""
+        low, middle = (1e3 * row[key] for key in ("min_s", "median_s"))
+        extra = row["memory_bytes"]
+        cells = [row["what"], size, how, row["name"], f"{low:.3g}, {middle:.3g}"]
+        cells += [f"{row['ratio']:.2f}"]
+        cells += ["" if extra is None else f"{extra / 2**20:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _processor() -> str:
-    """Return the name of the CPU."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text("utf8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def provenance(
-    command: str, seed: int, device: str = "cpu", threads: int | None = None
-) -> dict:
+def provenance(command: str, seed: int, device: str = "cpu") -> dict:
     """Describe how a measurement was made, for a file in results/.
 
     Args:
         command: the command that makes it.
         seed: of all random numbers.
         device: "cpu" or "cuda".
-        threads: of PyTorch on the CPU; its own choice if None.
 
     Returns:
         command, device, versions, seed, threads, cores and date.
@@ -610,158 +587,164 @@ def provenance(
     }
     for name in ("pykeops", "triton"):
         with suppress(ImportError):
-            versions[name] = __import__(name).__version__
-    cuda = device == "cuda"
+            versions[name] = importlib.import_module(name).__version__
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
     return {
         "command": command,
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "versions": versions | ({"cuda": torch.version.cuda} if cuda else {}),
+        "device": torch.cuda.get_device_name() if device == "cuda" else name,
+        "versions": versions,
         "seed": seed,
-        "threads": threads or torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
-def _save(path: Path, content: dict) -> None:
-    """Replace a JSON file in one step, or leave it as it is."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(json.dumps(content, indent=1) + "\n", "utf8")
-        os.replace(part, path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure, and how.
+
+    Args:
+        what: some of CONTESTANTS; all if empty.
+        quick: whether all sizes are tiny, to see that it runs.
+        device: "cpu" or "cuda".
+        rounds: how often at most each contestant is timed, >= 1.
+        seconds: of a case, after which no further round begins, > 0.
+        memory: the largest tables allowed, in GiB, > 0.
+        seed: of all random numbers.
+        out: JSON file to write, in a folder that exists.
+
+    Raises:
+        TypeError: a value is of a wrong kind.
+        ValueError: a value is not one of those allowed.
+
+    Source: book/bench.md.
+    """
+
+    what: tuple[str, ...] = ()
+    quick: bool = False
+    device: str = "cpu"
+    rounds: int = 7
+    seconds: float = 6.0
+    memory: float = 4.0
+    seed: int = 0
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        for what in self.what:
+            check_choice("what", what, tuple(CONTESTANTS))
+        check_choice("device", self.device, ("cpu", "cuda"))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: PyTorch finds no CUDA device here")
+        check_int("rounds", self.rounds)
+        check_positive("seconds", self.seconds)
+        check_positive("memory", self.memory)
+        if self.out is not None and not Path(self.out).resolve().parent.is_dir():
+            raise ValueError(f"out: there is no folder {Path(self.out).parent}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m s4mini.bench",
-        description="Measure time and memory of S4 and its rivals.",
-    )
-    add, many, one = parser.add_argument, {"nargs": "+"}, "default %(default)s"
-    kinds = ", ".join(REFERENCES)
-    add("--what", **many, default=list(REFERENCES), help=f"from {kinds}")
-    add("--names", **many, help="backends or rivals; default all here")
-    add("--H", **many, type=int, default=[128, 256, 512], help="channels")
-    add("--L", **many, type=int, default=[1024, 4096, 16384], help="steps")
-    add("--N", type=int, default=64, help=f"state size; {one}")
-    add("--batch", type=int, default=8, help=f"sequences; {one}")
-    add("--depth", type=int, default=2, help=f"layers of a network; {one}")
-    add("--device", default="cpu", help=f"cpu or cuda; {one}")
-    add("--threads", type=int, help="of PyTorch on the CPU")
-    add("--repeat", type=int, default=7, help=f"timed calls; {one}")
-    add("--budget", type=float, default=10.0, help=f"their seconds; {one}")
-    add("--timeout", type=float, default=300.0, help=f"of a case; {one} s")
-    add("--memory", type=float, help="limit in GiB; default 4/5 of the free")
-    add("--seed", type=int, default=0, help=f"of all random numbers; {one}")
-    add("--quick", action="store_true", help="tiny sizes, to see it run")
-    add("--out", type=Path, help="JSON file to write")
-    return parser
+def cases(options: BenchOptions) -> list[Case]:
+    """Return the cases that options ask for.
+
+    Source: book/bench.md.
+    """
+    sizes = [(128, 1024), (128, 4096), (128, 16384), (512, 1024), (512, 4096)]
+    found = [Case("kernel", *size, threads=1) for size in sizes]
+    found += [Case("kernel", *size) for size in (sizes[0], sizes[4])]
+    found += [Case("kernel", *sizes[0], N=N, threads=1) for N in (16, 256)]
+    blocks = [(128, 256), *(sizes[i] for i in (0, 1, 3))]
+    found += [Case("block", *size, batch=8) for size in blocks]
+    found += [Case("block", *sizes[0], batch=8, threads=1)]
+    for batch in (1, 4, 16, 64):
+        found.append(Case("step", 512, 50, batch=batch, threads=1))
+    for keep in (False, True):
+        found.append(Case("training", 128, 1440, batch=50, depth=2, keep=keep))
+    found.append(Case("training", 512, 1024, batch=8, depth=2, keep=True))
+    found += [Case("lssl", H, 1024) for H in (64, 128, 256)]
+    found += [Case("attention", 256, L) for L in (1024, 4096)]
+    if options.what:
+        found = [case for case in found if case.what in options.what]
+    if options.quick:
+        tiny = {"H": 8, "L": 32, "N": 8, "batch": 2}
+        found = list(dict.fromkeys(replace(case, **tiny) for case in found))
+    return found
 
 
-def _cases(options: argparse.Namespace) -> tuple[list[Case], dict[str, str]]:
-    """Return the cases of a command line, and the absent with reasons."""
-    cases, absent = [], {}
-    for what in options.what:
-        known = rivals(what)
-        absent |= {name: why for name, why in known.items() if why}
-        names = [n for n in known if not known[n]]
-        if options.names is not None:
-            names = [n for n in names if n in options.names]
-        lengths = {"lssl": options.L[:1], "attention": options.L[:2]}
-        one = what in ("forward", "kernel", "lssl")
-        for H in options.H:
-            for L in lengths.get(what, options.L):
-                for name in names:
-                    size = (H, L, options.N, 1 if one else options.batch)
-                    deep = what in ("step", "attention")
-                    depth = options.depth if deep else 1
-                    cases.append(Case(what, name, *size, depth))
-    return cases, absent
+def run_bench(
+    options: BenchOptions,
+    command: str = "s4mini.bench.run_bench",
+    report: Callable[[str], None] = print,
+) -> dict:
+    """Measure, and keep a file up to date after every case.
+
+    Args:
+        options: what, and how.
+        command: what the file is to give as its origin.
+        report: is called with a line of text before each case.
+
+    Returns:
+        What provenance returns, and the rows.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Source: book/bench.md.
+    """
+    content = provenance(command, options.seed, options.device) | {"rows": []}
+    limits = {k: getattr(options, k) for k in ("rounds", "seconds", "memory", "seed")}
+    found = cases(options)
+    for i, case in enumerate(found, 1):
+        report(f"{i}/{len(found)} {case}")
+        content["rows"] += run_case(case, options.device, **limits)
+        if options.out is not None:  # another name first: never half a file
+            part = Path(f"{options.out}.part")
+            part.write_text(json.dumps(content, indent=1) + "\n", "utf8")
+            part.replace(options.out)
+    return content
 
 
-def _examine(options: argparse.Namespace) -> None:
-    """Refuse options that could only fail later."""
-    known: dict[str, str] = {}
-    for what in options.what:
-        check_choice("--what", what, tuple(REFERENCES))
-        known |= rivals(what)
-    for name in options.names or ():
-        check_choice("--names", name, tuple(known))
-        if known[name]:
-            raise ValueError(f"--names: {name} is absent: {known[name]}")
-    check_choice("--device", options.device, ("cpu", "cuda"))
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: PyTorch finds no CUDA device here")
-    for name in ("budget", "timeout", "memory"):
-        if getattr(options, name) is not None:
-            check_positive(f"--{name}", getattr(options, name))
-    check_int("--repeat", options.repeat)
-    if options.threads is not None:
-        check_int("--threads", options.threads)
-    if options.out is not None and not options.out.resolve().parent.is_dir():
-        raise ValueError(f"--out: there is no folder {options.out.parent}")
-
-
-def _run_all(options: argparse.Namespace, content: dict) -> None:
-    """Measure all cases, and keep the file up to date."""
-    cases, content["absent"] = _cases(options)
-    limit = options.memory and int(options.memory * 2**30)
-    bar = tqdm(cases, unit="case", dynamic_ncols=True)
-    for case in bar:
-        bar.set_description(f"{case.what} {case.name} H={case.H} L={case.L}")
-        row = run_case(
-            case,
-            options.device,
-            options.repeat,
-            options.budget,
-            options.seed,
-            options.timeout,
-            limit,
-            options.threads,
-        )
-        content["rows"].append(row)
-        if options.out is not None:
-            _save(options.out, content)
-
-
-def run_bench(argv: Sequence[str] | None = None) -> int:
+def _main(argv: Sequence[str] | None = None) -> int:
     """Measure from the command line.
 
     Args:
         argv: the arguments; those of the process by default.
 
     Returns:
-        The exit status: 0; 1 after a message, or if all cases failed.
+        The exit status: 0, or 1 after a message.
 
     Raises:
         SystemExit: the arguments cannot be read, or help was asked for.
-
-    Source: book/bench.md.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = _parser().parse_args(argv)
-    if options.quick:
-        options.H, options.L, options.N, options.batch = [16], [128], 8, 2
-        options.repeat = min(options.repeat, 2)
+    default = BenchOptions()
+    parser = argparse.ArgumentParser("python -m s4mini.bench")
+    parser.add_argument("--what", nargs="+", default=(), help=", ".join(CONTESTANTS))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    for name in ("rounds", "seconds", "memory", "seed"):
+        value = getattr(default, name)
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    chosen = vars(parser.parse_args(argv))
     command = f"python -m s4mini.bench {shlex.join(argv)}".rstrip()
     try:
-        _examine(options)
-        content = provenance(command, options.seed, options.device, options.threads)
-        content["rows"] = []
-        _run_all(options, content)
+        options = BenchOptions(**chosen | {"what": tuple(chosen["what"])})
+        content = run_bench(options, command)
     except (OSError, ValueError, TypeError) as error:
         print(f"s4mini.bench: {error}", file=sys.stderr)
         return 1
     print(ratio_table(content["rows"]))
-    for name, reason in content["absent"].items():
-        print(f"absent: {name}: {reason}")
-    return int(all(row["status"] == "failed" for row in content["rows"]))
+    for row in content["rows"]:
+        if "reason" in row:
+            size = ", ".join(str(row[key]) for key in "HLN")
+            print(f"not measured: {row['what']} {size} {row['name']}: {row['reason']}")
+    return 0
 
 
 # A notebook's __name__ is __main__ too, but a notebook has no __file__.
 if __name__ == "__main__" and "__file__" in globals():
-    raise SystemExit(run_bench())
+    raise SystemExit(_main())
