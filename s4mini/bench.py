@@ -277,7 +277,8 @@ class _Stack(nn.Module):
 def _module(case: Case, name: str, generator: Generator) -> nn.Module:
     """Make the network of a contestant."""
     H, N, options = case.H, case.N, {"generator": generator}
-    ours = S4Config(1, 10, H, case.depth, N, dropout=0.0)
+    sizes = {"d_model": H, "n_layers": case.depth, "d_state": N}
+    ours = S4Config(d_output=10, dropout=0.0, **sizes)
     if case.what == "block":
         if name == "ours":
             return S4Block(ours, **options)
