@@ -51,8 +51,6 @@ __all__ = [
     "rivals",
     "prepare",
     "predicted_bytes",
-    "measure_memory",
-    "measure_times",
     "run_case",
     "ratio_table",
     "provenance",
@@ -424,12 +422,10 @@ def predicted_bytes(case: Case, name: str) -> int:
     return 0
 
 
-def measure_memory(case: Case, name: str, device: str, seed: int) -> int | None:
+def _measure_memory(case: Case, name: str, device: str, seed: int) -> int | None:
     """Return peak_memory of a contestant; to be called in a fresh process.
 
     A small case goes first, so that programs are loaded and compiled.
-
-    Source: book/bench.md.
     """
     _settle(case)
     small = replace(case, H=8, L=min(case.L, 32), batch=1)
@@ -437,11 +433,8 @@ def measure_memory(case: Case, name: str, device: str, seed: int) -> int | None:
     return peak_memory(prepare(case, name, device, seed), device)
 
 
-def measure_times(case: Case, names: Sequence[str], device: str, seed: int, **limits):
-    """Return time_in_turn of contestants, in a process that may be changed.
-
-    Source: book/bench.md.
-    """
+def _measure_times(case: Case, names: Sequence[str], device: str, seed: int, **limits):
+    """Return time_in_turn of contestants, in a process that may be changed."""
     _settle(case)
     runs = {name: prepare(case, name, device, seed) for name in names}
     for run in runs.values():
@@ -511,7 +504,7 @@ def run_case(
             found[name] = _first_call(case, name, reason, device, memory, seed)
     here = [name for name, figures in found.items() if "reason" not in figures]
     limits = {"rounds": rounds, "seconds": seconds}
-    times = _elsewhere("measure_times", case, here, device, seed, **limits)
+    times = _elsewhere("_measure_times", case, here, device, seed, **limits)
     return [
         {"name": name} | asdict(case) | figures | times.get(name, {})
         for name, figures in found.items()
@@ -526,7 +519,7 @@ def _first_call(case, name, reason, device, memory, seed) -> dict:
     if reason:
         return {"reason": reason}
     try:
-        extra = _elsewhere("measure_memory", case, name, device, seed)
+        extra = _elsewhere("_measure_memory", case, name, device, seed)
     except Exception as error:  # whatever it was, the others go on
         text = str(error).strip().split("\n")[0]
         return {"reason": f"{type(error).__name__}: {text}"}

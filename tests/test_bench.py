@@ -86,7 +86,7 @@ def test_an_earlier_peak_does_not_count():
     ],
 )
 def test_predictions(case, name):
-    extra = bench._elsewhere("measure_memory", case, name, "cpu", 0)
+    extra = bench._elsewhere("_measure_memory", case, name, "cpu", 0)
     assert 0.3 < predicted_bytes(case, name) / extra < 3
 
 
@@ -200,7 +200,7 @@ def test_one_that_fails_does_not_end_the_others(monkeypatch):
     real = bench._elsewhere
 
     def killed(function, case, name, *args, **options):
-        if function == "measure_memory" and name == "LSTM":
+        if function == "_measure_memory" and name == "LSTM":
             raise BrokenProcessPool("terminated abruptly")
         return real(function, case, name, *args, **options)
 
