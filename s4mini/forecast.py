@@ -1,23 +1,45 @@
 """Hours to come.
 
-Two years of a transformer's temperature, hour by hour: how the series is read, how it
-is cut into windows, and what comes next.
+Two years of a transformer's temperature, hour by hour. What comes in the next thirty
+days, and is a network of state spaces better at saying so than yesterday was?
 
 Tangled from book/forecast.md.
 """
 
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from s4mini.checks import check_bool, check_int
-from s4mini.data import Batch, SequenceData, Source, contents
+from s4mini.data import Batch, SequenceData, Source, contents, load
+from s4mini.model import S4Config, S4Model, parameter_groups
+from s4mini.saving import write_atomically
 
-__all__ = ["HOURS", "read_ett", "WindowData", "load_ett", "ETTH1", "ETTH2"]
+__all__ = [
+    "HOURS",
+    "read_ett",
+    "WindowData",
+    "load_ett",
+    "ETTH1",
+    "ETTH2",
+    "last_value",
+    "last_day",
+    "LinearForecaster",
+    "LevelForecaster",
+    "LSTMNetwork",
+    "make_forecaster",
+    "forecast_errors",
+    "train_forecaster",
+    "run_forecasts",
+    "record_forecasts",
+]
 
 _COLUMNS = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 HOURS = 17_420  # rows in each file
@@ -181,3 +203,282 @@ def _etth(number: int, sha1: str) -> Source:
 
 ETTH1 = _etth(1, "b22844d8be77297bde809d7ca0132f50fae8590b")
 ETTH2 = _etth(2, "3c8512146f103b53ca7a3948bff17d4f5699ed8e")
+
+
+def last_value(u: Tensor, horizon: int) -> Tensor:
+    """Forecast the last value for all hours.
+
+    Args:
+        u: (B, L) the windows.
+        horizon: hours to forecast.
+
+    Returns:
+        (B, horizon).
+
+    Source: book/forecast.md.
+    """
+    return u[:, -1:].expand(-1, horizon)
+
+
+def last_day(u: Tensor, horizon: int) -> Tensor:
+    """Forecast that the last 24 hours repeat.
+
+    Args:
+        u: (B, L) the windows, L >= 24.
+        horizon: hours to forecast.
+
+    Returns:
+        (B, horizon).
+
+    Source: book/forecast.md.
+    """
+    return u[:, -24:].repeat(1, -(-horizon // 24))[:, :horizon]
+
+
+class LinearForecaster(nn.Module):
+    """Map the window, less its last value, to the hours to come.
+
+    Args:
+        window: hours of the window.
+        horizon: hours to forecast.
+
+    Source: Zeng et al. 2023, NLinear; book/forecast.md.
+    """
+
+    def __init__(self, window: int, horizon: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(window, horizon)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map windows (B, L) to forecasts (B, horizon)."""
+        level = u[:, -1:]
+        return self.map(u - level) + level
+
+
+class LevelForecaster(nn.Module):
+    """Forecast how a signal moves away from its last value.
+
+    Args:
+        network: maps (B, L + horizon, 2) to (B, L + horizon, 1).
+        horizon: hours to forecast.
+
+    Source: Gu et al. 2022a, section 4.3; book/forecast.md.
+    """
+
+    def __init__(self, network: nn.Module, horizon: int) -> None:
+        super().__init__()
+        self.network, self.horizon = network, horizon
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map windows (B, L) to forecasts (B, horizon)."""
+        level = u[:, -1:]
+        values = F.pad(u - level, (0, self.horizon))
+        known = F.pad(torch.ones_like(u), (0, self.horizon))
+        y = self.network(torch.stack((values, known), -1))
+        return y[:, -self.horizon :, 0] + level
+
+
+class LSTMNetwork(nn.Module):
+    """Two LSTM layers and a linear readout.
+
+    Args:
+        d_model: channels of each.
+        dropout: between and after them.
+
+    Source: book/forecast.md.
+    """
+
+    def __init__(self, d_model: int = 128, dropout: float = 0.25) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, d_model, 2, batch_first=True, dropout=dropout)
+        self.drop, self.readout = nn.Dropout(dropout), nn.Linear(d_model, 1)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map (B, L, 2) to (B, L, 1)."""
+        return self.readout(self.drop(self.lstm(u)[0]))
+
+
+def make_forecaster(name: str, window: int, horizon: int) -> nn.Module:
+    """Make one of the models that are trained.
+
+    Args:
+        name: "s4", "lstm" or "linear".
+        window: hours of the window.
+        horizon: hours to forecast.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Source: book/forecast.md.
+    """
+    if name == "linear":
+        return LinearForecaster(window, horizon)
+    if name == "lstm":
+        return LevelForecaster(LSTMNetwork(), horizon)
+    if name != "s4":
+        raise ValueError(f"name: expected 's4', 'lstm' or 'linear', got {name!r}")
+    config = S4Config(
+        d_input=2,
+        d_output=1,
+        d_model=128,
+        n_layers=2,
+        dropout=0.25,
+        prenorm=True,
+        pool="none",
+    )
+    return LevelForecaster(S4Model(config), horizon)
+
+
+@torch.no_grad()
+def forecast_errors(
+    forecast: Callable[[Tensor], Tensor],
+    data: WindowData,
+    split: str,
+    every: int = 1,
+    batch: int = 32,
+) -> tuple[float, float]:
+    """Return the mean square and the mean absolute error on a split.
+
+    Args:
+        forecast: maps windows (B, L) to (B, horizon).
+        data: of one channel.
+        split: "train", "validation" or "test".
+        every: use each window of this many.
+        batch: windows at once.
+
+    Source: book/forecast.md.
+    """
+    square = absolute = count = 0.0
+    for index in torch.arange(0, data.count(split), every).split(batch):
+        u, target, _ = data.batch(split, index)
+        error = (forecast(u[..., 0]) - target[..., 0]).double()
+        square += error.square().sum().item()
+        absolute += error.abs().sum().item()
+        count += error.numel()
+    return square / count, absolute / count
+
+
+def train_forecaster(
+    name: str,
+    data: WindowData,
+    seed: int,
+    steps: int = 150,
+    every: int = 25,
+    lr: float = 2e-3,
+) -> tuple[nn.Module, dict]:
+    """Train on random windows; keep the weights that validate best.
+
+    Args:
+        name: as in make_forecaster.
+        data: of one channel.
+        seed: of the weights, the windows and dropout.
+        steps: of 50 windows each.
+        every: steps between two validations.
+        lr: learning rate; the state spaces have 1e-3.
+
+    Returns:
+        The model with its best weights, and a record of the run: the
+        validation errors, the best, the seconds.
+
+    Source: book/forecast.md.
+    """
+    torch.manual_seed(seed)
+    model, start = make_forecaster(name, data.length, data.horizon), time.time()
+    groups = parameter_groups(model, lr, 0.0, min(lr, 1e-3))
+    optimizer = torch.optim.AdamW(groups)
+    order = torch.randperm(data.count("train"))
+    curve, best, kept = [], float("inf"), {}
+    for step in range(1, steps + 1):
+        index = order[torch.arange(50 * (step - 1), 50 * step) % len(order)]
+        u, target, _ = data.batch("train", index)
+        loss = F.mse_loss(model(u[..., 0]), target[..., 0])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % every == 0:
+            model.eval()
+            mse, _ = forecast_errors(model, data, "validation", 20)
+            curve.append({"step": step, "train": loss.item(), "validation": mse})
+            if mse < best:
+                best = mse
+                kept = {k: v.clone() for k, v in model.state_dict().items()}
+            model.train()
+    model.load_state_dict(kept)
+    record = {
+        "model": name,
+        "window": data.length,
+        "seed": seed,
+        "curve": curve,
+        "validation": best,
+        "seconds": round(time.time() - start, 1),
+    }
+    return model.eval(), record
+
+
+def run_forecasts(name: str, seeds: int = 3, steps: int = 150) -> dict:
+    """Measure all forecasters on a series, 720 hours ahead.
+
+    Args:
+        name: "etth1" or "etth2".
+        seeds: how many runs of each trained model with the chosen window.
+        steps: of each run.
+
+    Returns:
+        Every run that was tried, the chosen window, and for each model mean
+        and standard deviation of the test errors.
+
+    Source: book/forecast.md.
+    """
+    horizon, windows = 720, (336, 720)
+    sets = {L: load(name, length=L, horizon=horizon) for L in windows}
+    runs, summary = [], {}
+    for title, function in (("last value", last_value), ("last day", last_day)):
+        errors = forecast_errors(lambda u, f=function: f(u, horizon), sets[336], "test")
+        summary[title] = {"mse": [errors[0], 0.0], "mae": [errors[1], 0.0]}
+    for model_name in ("linear", "s4", "lstm"):
+        tried = []
+        for L, data in sets.items():
+            model, record = train_forecaster(model_name, data, 0, steps)
+            tried.append((record["validation"], L, model, record))
+            print(model_name, L, record["validation"], record["seconds"], flush=True)
+        _, chosen, *best = min(tried, key=lambda run: run[0])
+        others = [record for _, L, _, record in tried if L != chosen]
+        runs += [record | {"chosen": False} for record in others]
+        trained = [tuple(best)]
+        for seed in range(1, seeds):
+            trained.append(train_forecaster(model_name, sets[chosen], seed, steps))
+        for model, record in trained:
+            mse, mae = forecast_errors(model, sets[chosen], "test")
+            print(model_name, chosen, record["seed"], mse, mae, flush=True)
+            runs.append(record | {"chosen": True, "mse": mse, "mae": mae})
+        found = {
+            k: [r[k] for r in runs if r.get(k) and r["model"] == model_name]
+            for k in ("mse", "mae")
+        }
+        summary[model_name] = {
+            k: [float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0]
+            for k, v in found.items()
+        } | {"window": chosen}
+    return {"data": name, "horizon": horizon, "summary": summary, "runs": runs}
+
+
+def record_forecasts(
+    name: str, out: str | Path, seeds: int = 3, steps: int = 150
+) -> None:
+    """Run the comparison, and keep it with how it was made.
+
+    Args:
+        name: "etth1" or "etth2".
+        out: the file to write, such as results/ett-h1.json.
+        seeds: as in run_forecasts.
+        steps: as in run_forecasts.
+
+    Source: book/forecast.md.
+    """
+    from s4mini.bench import provenance
+
+    call = f"record_forecasts({name!r}, {str(out)!r}, {seeds}, {steps})"
+    command = f'python -c "from s4mini.forecast import *; {call}"'
+    found = provenance(command, 0) | run_forecasts(name, seeds, steps)
+    write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
