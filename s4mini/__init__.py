@@ -38,6 +38,7 @@ What most people need:
     predict           Answer all examples of a split.
     evaluate          Measure a model on examples of a split.
     fit               Train a model by a recipe; choose on validation, test once.
+    from_official     Make a layer of a state dict of the official code.
 
 Everything else is reached through its module. Each module is a chapter of the book,
 and ``help(s4mini.kernel)`` and the like tell more:
@@ -68,6 +69,7 @@ and ``help(s4mini.kernel)`` and the like tell more:
     baselines       What we compare with
     bench           How we measure
     selective       A step that listens
+    official        Reading official checkpoints
     checks          Errors that help
     figures         How the figures are drawn
 
@@ -97,6 +99,7 @@ if _TYPE_CHECKING:
     from s4mini.model import S4Config as S4Config
     from s4mini.model import S4Model as S4Model
     from s4mini.model import parameter_groups as parameter_groups
+    from s4mini.official import from_official as from_official
     from s4mini.projection import MEASURES as MEASURES
     from s4mini.projection import hippo as hippo
     from s4mini.tasks import S4Classifier as S4Classifier
@@ -137,6 +140,7 @@ _HOMES = {
     "predict": "train",
     "evaluate": "train",
     "fit": "train",
+    "from_official": "official",
 }
 _MODULES = (
     "ssm",
@@ -165,6 +169,7 @@ _MODULES = (
     "baselines",
     "bench",
     "selective",
+    "official",
     "checks",
     "figures",
 )
