@@ -13,10 +13,10 @@ from typing import NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from s4mini.checks import check_choice, check_int, check_positive, check_tensors
+from s4mini.convolve import channel_conv
 from s4mini.diagonal import COMPLEX, finest, past, power_sums, s4d_init, sample
 from s4mini.kernel import backends, dplr_kernel
 from s4mini.lowrank import half_spectrum, nplr, real_form
@@ -41,7 +41,6 @@ __all__ = [
     "STARTS",
     "METHODS",
     "SLOWEST",
-    "long_conv",
     "mask_padding",
     "Systems",
     "Stepper",
@@ -76,30 +75,6 @@ def _first_modes(measure, N, generator):
 
 
 SLOWEST = 1e-5  # the smallest -Re Lambda to begin with, in 1/time
-
-
-def long_conv(u: Tensor, K: Tensor, D: Tensor) -> Tensor:
-    """Convolve each channel with its kernel, or its two, and the direct path.
-
-    Args:
-        u: (B, L, H) the input, real.
-        K: (H, L) the kernels of past and present; or (2, H, L) with those
-            of the future, which begin with the next sample, as the second.
-        D: (H,) the direct path.
-
-    Returns:
-        (B, L, H).
-
-    Source: book/layer.md.
-    """
-    if u.shape[0] == 0:
-        return u * D  # nothing to transform
-    L, past = u.shape[1], K if K.ndim == 2 else K[0]
-    future = torch.zeros_like(past) if K.ndim == 2 else K[1]
-    past = past + F.pad(D[:, None], (0, L - 1))  # D weighs the present
-    circular = torch.cat((past, future.flip(-1)), -1)  # (H, 2 L)
-    y_hat = torch.fft.rfft(u.mT, n=2 * L) * torch.fft.rfft(circular)
-    return torch.fft.irfft(y_hat, n=2 * L)[..., :L].mT
 
 
 def mask_padding(u: Tensor, lengths: Tensor) -> Tensor:
@@ -492,7 +467,7 @@ class S4Layer(nn.Module):
         with _plainly(u.device):
             v = u.to(K.dtype)
             v = v if lengths is None else mask_padding(v, lengths)
-            y = long_conv(v, K, self.D.to(K.dtype))
+            y = channel_conv(v, K, self.D.to(K.dtype))
             if state is not None:
                 y = y + _echoes(self.system(rate), self.method, state, u.shape[1])
             y = (y if lengths is None else mask_padding(y, lengths)).to(u.dtype)
