@@ -226,6 +226,7 @@ def _by_triton(Lambda, P, B, C_tilde, dt, L) -> Tensor:
 
 
 _BACKENDS = {
+    "tables": None,  # needs no spectrum
     "torch": _by_torch,
     "triton": _by_triton,
     "keops": partial(_in_complex, _cauchy_keops),
@@ -247,13 +248,11 @@ def backends() -> dict[str, str]:
     return {name: reasons.get(name, "") for name in _BACKENDS}
 
 
-def _choose(backend: str, P: Tensor) -> Callable:
+def _choose(backend: str) -> Callable | None:
     """Return the backend of that name, or say which there are."""
     if backend == "auto":
-        usable = P.is_cuda and P.shape[-1] in (1, 2)
-        usable = usable and not backends()["triton"]
-        return _BACKENDS["triton" if usable else "torch"]
-    if backend in ("torch", "naive"):
+        return _BACKENDS["tables"]
+    if backend in ("tables", "torch", "naive"):
         return _BACKENDS[backend]
     reasons = backends()
     if not isinstance(backend, str) or reasons.get(backend, "?"):
@@ -293,9 +292,11 @@ def dplr_kernel(
         C: (..., n) output vector, in output/state.
         dt: step of the bilinear rule, a number or (...), in time, > 0.
         L: length of the kernel, >= 1.
-        backend: how lines 2 and 3 are done: "torch" in real numbers and in
-            pieces, "triton" on a graphics processor, "keops" as a compiled
-            formula, "naive" with complex tables, "auto" the best there is.
+        backend: "tables" multiplies two tables of powers, and is what "auto"
+            takes; the others are Algorithm 1, with lines 2 and 3 done:
+            "torch" in real numbers and in pieces, "triton" on a graphics
+            processor, "keops" as a compiled formula, "naive" with complex
+            tables.
 
     Returns:
         K (..., L) real, K_l = 2 Re(C A_bar^l B_bar), in output/input. Batch
@@ -324,9 +325,13 @@ def dplr_kernel(
             "Lambda: expected real parts <= 0, got "
             f"{Lambda.real.max().item():.3g}: the system is unstable"
         )
-    spectrum = _choose(backend, P)
+    spectrum = _choose(backend)
     dt, Lambda, P, B, C = _alike(dt, Lambda=Lambda, P=P, B=B, C=C)
     with torch.autocast(Lambda.device.type, enabled=False):
+        if spectrum is None:
+            from s4mini.tables import table_kernel
+
+            return table_kernel(Lambda, P, B, C, dt, L)
         return _dplr_kernel(Lambda, P, B, C, dt, L, spectrum)
 
 

@@ -1,0 +1,184 @@
+"""The kernel by two tables.
+
+The kernel of a diagonal plus low-rank system as the product of a table of rows and a
+table of columns, in real numbers, without roots of unity, Cauchy sums or a Fourier
+transform.
+
+Tangled from book/tables.md.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["real_columns", "real_rows", "krylov_tables", "grow_rows", "table_kernel"]
+
+
+class _Square(torch.autograd.Function):
+    """Map E = A - I to A A - I = 2 E + E E; E is (h, N, N)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(E: Tensor) -> Tensor:
+        return torch.bmm(E, E).add_(E, alpha=2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, G: Tensor) -> Tensor:
+        (E,) = ctx.saved_tensors
+        both = torch.bmm(G, E.mT).add_(torch.bmm(E.mT, G))
+        return both.add_(G, alpha=2)
+
+
+def _increments(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, ...]:
+    """Return d (..., n), F (..., n, r), G (..., r, n), B_bar (..., n, q)."""
+    z, step = dt[..., None] * Lambda, dt[..., None, None]
+    R = (1 / (1 - z / 2))[..., None]  # (..., n, 1)
+    small = step * (P.mH @ (R * P)).real  # (..., r, r)
+    small = small + torch.eye(P.shape[-1], dtype=dt.dtype, device=dt.device)
+    F = step * R * (P @ torch.linalg.inv(small).to(P))
+    G = P.mH * R.mT
+    b = step * B
+    B_bar = R * b - F @ (G @ b).real.to(F)
+    return z * R[..., 0], F, G, B_bar
+
+
+def real_columns(z: Tensor) -> Tensor:
+    """Write half states (..., n, k) in real coordinates, (..., 2n, k).
+
+    Source: book/tables.md.
+    """
+    return torch.cat((z.real, z.imag), -2)
+
+
+def real_rows(z: Tensor) -> Tensor:
+    """Write output vectors (..., k, n) for real coordinates, (..., k, 2n).
+
+    Source: book/tables.md.
+    """
+    return 2 * torch.cat((z.real, -z.imag), -1)
+
+
+def _turn(re: Tensor, im: Tensor, X: Tensor) -> Tensor:
+    """Multiply columns X (..., 2n, k) by the diagonal re + i im, (..., n)."""
+    (a, b), re, im = X.chunk(2, -2), re[..., None], im[..., None]
+    return torch.cat((re * a - im * b, im * a + re * b), -2)
+
+
+def _diagonal(re: Tensor, im: Tensor) -> Tensor:
+    """Return the real matrix (..., 2n, 2n) of the diagonal re + i im."""
+    re, im = torch.diag_embed(re), torch.diag_embed(im)
+    top, bottom = torch.cat((re, -im), -1), torch.cat((im, re), -1)
+    return torch.cat((top, bottom), -2)
+
+
+def krylov_tables(
+    Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor, M: int
+) -> tuple[Tensor, Tensor]:
+    """Return the columns A_bar^j B_bar for j < M, and A_bar^M - I.
+
+    Nothing is examined; all batch axes are the same.
+
+    Args:
+        Lambda: (..., n) eigenvalues, one of each conjugate pair, in 1/time.
+        P: (..., n, r) low-rank factor, in time^-1/2.
+        B: (..., n, q) input vectors, in state/(input * time).
+        dt: (...) step of the bilinear rule, in time; its dtype is the result's.
+        M: a power of two.
+
+    Returns:
+        X (..., 2n, M q), column j q + a is A_bar^j B_bar[a] in the real
+        coordinates [Re; Im], and A_bar^M - I, (..., 2n, 2n).
+
+    Source: book/tables.md.
+    """
+    wide = (t.to(torch.complex128) for t in (Lambda, P, B))
+    d, F, G, B_bar = _increments(*wide, dt.double())
+    tables = real_columns(B_bar), real_columns(F), real_rows(G)
+    X, V, W = (t.to(dt.dtype) for t in tables)
+    for _ in range(M.bit_length() - 1):
+        re, im = d.real.to(dt.dtype), d.imag.to(dt.dtype)
+        X = torch.cat((X, X + _turn(re, im, X) - V @ (W @ X)), -1)
+        more = _turn(re, -im, W.mT).mT - (W @ V) @ W
+        W, V = torch.cat((W, W + more), -2), torch.cat((V + _turn(re, im, V), V), -1)
+        d = 2 * d + d * d
+    return X, _diagonal(d.real.to(dt.dtype), d.imag.to(dt.dtype)) - V @ W
+
+
+def grow_rows(R: Tensor, E: Tensor, count: int) -> Tensor:
+    """Return the rows R A^i for i < count, given E = A - I.
+
+    Args:
+        R: (h, k, N) rows to begin with.
+        E: (h, N, N) the matrix less the identity.
+        count: how many powers, rounded up to a power of two.
+
+    Returns:
+        (h, k * count, N): row i k + a is R[a] A^i.
+
+    Source: book/tables.md.
+    """
+    k = R.shape[-2]
+    while R.shape[-2] < k * count:
+        R = torch.cat((R, torch.bmm(R, E).add_(R)), -2)
+        if R.shape[-2] < k * count:
+            E = _Square.apply(E)
+    return R
+
+
+def _beside(v: Tensor, batch: torch.Size) -> tuple[Tensor, torch.Size]:
+    """Return v (..., n) as (h, q, n), and its axes in front of the batch."""
+    extra = v.shape[: max(0, v.ndim - 1 - len(batch))]
+    v = v.expand(*extra, *batch, v.shape[-1])
+    return v.reshape(extra.numel(), batch.numel(), -1).transpose(0, 1), extra
+
+
+def _batch(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor) -> torch.Size:
+    """Return the batch axes of the system, without those of one vector alone."""
+    shapes = [Lambda.shape[:-1], P.shape[:-2], dt.shape]
+    inner = max(map(len, shapes))
+    vectors = [v.shape[:-1] for v in (B, C)]
+    if min(map(len, vectors)) <= inner:  # else both have more: a full batch
+        vectors = [s[max(0, len(s) - inner) :] for s in vectors]
+    return torch.broadcast_shapes(*shapes, *vectors)
+
+
+def table_kernel(
+    Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, L: int
+) -> Tensor:
+    """Return the kernel of a diagonal plus low-rank system, by two tables.
+
+    Nothing is examined; `dplr_kernel` does that.
+
+    Args:
+        Lambda: (..., n) eigenvalues, one of each conjugate pair, in 1/time,
+            real part <= 0.
+        P: (..., n, r) low-rank factor, in time^-1/2.
+        B: (..., n) input vector, in state/(input * time).
+        C: (..., n) output vector, in output/state.
+        dt: (...) step of the bilinear rule, in time, > 0.
+        L: length of the kernel, >= 1.
+
+    Returns:
+        K (..., L) real, of the dtype of dt, K_l = 2 Re(C A_bar^l B_bar), in
+        output/input. Batch axes are broadcast.
+
+    Source: book/tables.md.
+    """
+    n, r = P.shape[-2:]
+    batch = _batch(Lambda, P, B, C, dt)
+    (B, inputs), (C, outputs) = _beside(B, batch), _beside(C, batch)
+    Lambda = Lambda.expand(*batch, n).reshape(-1, n)
+    P, dt = P.expand(*batch, n, r).reshape(-1, n, r), dt.expand(batch).reshape(-1)
+
+    M = 1 << max(0, min(round(math.log2(L) / 2) - 1, int(math.log2(2 * n / r))))
+    X, E = krylov_tables(Lambda, P, B.mT, dt, M)
+    R = grow_rows(real_rows(C).to(dt.dtype), E, -(-L // M))
+    K = (R @ X).unflatten(-1, (M, -1)).unflatten(-3, (-1, C.shape[-2]))
+    K = K.permute(2, 4, 0, 1, 3).flatten(-2)[..., :L]  # (outputs, inputs, h, L)
+    return K.reshape(*(outputs or inputs), *batch, L)
