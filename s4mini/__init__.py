@@ -53,6 +53,7 @@ and ``help(s4mini.kernel)`` and the like tell more:
     generating      From powers to a resolvent
     cauchy_sum      Sums of simple fractions
     kernel          The S4 kernel
+    tables          The kernel by two tables
     fused           One program for the kernel
     recurrence      Stepping in linear time
     diagonal        Diagonal systems
@@ -153,6 +154,7 @@ _MODULES = (
     "generating",
     "cauchy_sum",
     "kernel",
+    "tables",
     "fused",
     "recurrence",
     "diagonal",
