@@ -15,7 +15,7 @@ FILES = sorted((Path(__file__).parent / "official").glob("*.safetensors"))
 
 def read(path):
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         config = json.loads(file.metadata()["config"])
     state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
     return state, config, tensors["u"], tensors["y"]
@@ -53,7 +53,7 @@ def test_the_official_outputs(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_there_and_back(path):
-    state, config, u, y = read(path)
+    state, config, u, _ = read(path)
     layer = from_official(state, config)
     plain = {"mode": "s4d", "disc": layer.method} if layer.P is None else {}
     plain["bidirectional"] = layer.bidirectional
@@ -80,8 +80,9 @@ def test_what_is_not_an_official_layer_is_refused():
         from_official(state | {"kernel.B": state["kernel.B"][:, :2]}, config)
     with pytest.raises(ValueError, match="bidirectional"):
         from_official(state, config | {"bidirectional": True})
-    for name, value in (("gate", 2), ("bottleneck", 2), ("channels", 2), ("dt_fast", True),
-                        ("is_real", True), ("disc", "dss"), ("real_transform", "cube"), ("mode", "conv")):
+    wrong = {"gate": 2, "bottleneck": 2, "channels": 2, "dt_fast": True, "is_real": True}
+    wrong |= {"disc": "dss", "real_transform": "cube", "mode": "conv"}
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=rf"^{name}: expected"):
             from_official(state, config | {name: value})
     with pytest.raises(ValueError, match="l_max"):
