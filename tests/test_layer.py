@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import warnings
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s4mini.convolve import krylov_kernel
+from s4mini.convolve import krylov_kernel, scan
 from s4mini.discretization import discretize
-from s4mini.layer import S4Layer, mask_padding
+from s4mini.layer import S4Layer, kernels_kept, mask_padding
 from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
 from s4mini.projection import hippo
@@ -273,6 +274,34 @@ def test_stepper_exports(measure):
         assert torch.allclose(traced(u[:1], state[:1])[0], step(u[:1], state[:1])[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("measure", ["legs", "diag-lin"])
+def test_stepper_runs_in_onnx(measure):
+    """A thousand steps of another runtime, with another number of examples."""
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    runtime = pytest.importorskip("onnxruntime")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    layer = make(N=16, measure=measure, dtype=torch.float32)
+    step, batch = layer.stepper(), torch.export.Dim("batch", min=1)
+    example, file = (torch.zeros(3, 4), layer.initial_state(3)), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            step, example, dynamic_shapes=({0: batch}, {0: batch}), dynamo=True, verbose=False
+        )
+    program.save(file)
+    session = runtime.InferenceSession(file.getvalue())
+    state, other = layer.initial_state(2), layer.initial_state(2).numpy()
+    found, expected = [], []
+    for u in signal(1000, 2, 4, dtype=torch.float32):
+        y, state = step(u, state)
+        z, other = session.run(None, {"u": u.numpy(), "state": other})
+        expected.append(y)
+        found.append(torch.from_numpy(z))
+    assert relative(torch.stack(found), torch.stack(expected)) < 1e-5
+    assert relative(torch.from_numpy(other), state) < 1e-5
+
+
 class Around(torch.nn.Module):
     """A layer with something to compile on both sides."""
 
@@ -318,6 +347,117 @@ def test_never_mutates():
     after = layer.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("measure", ["legs", "diag-lin"])
+def test_kept_kernels_are_fresh(measure):
+    """The same tensor while nothing moves; after any change in place, the kernel of now."""
+    layer, u = make(measure=measure), signal(1, 9, 4)
+    with torch.no_grad(), kernels_kept():
+        first = layer.kernel(9)
+        assert layer.kernel(9) is first
+        assert layer.kernel(9, 2.0) is not first and layer.kernel(8).shape == (4, 8)
+        with torch.enable_grad():
+            train(layer, 1)
+            assert layer.kernel(9).requires_grad
+        second, y = layer.kernel(9), layer(u, return_state=False)
+        layer.load_state_dict(make(measure=measure, seed=8).state_dict())
+        third = layer.kernel(9)
+    assert layer.kernel(9) is not third
+    trained = make(measure=measure)
+    train(trained, 1)
+    assert torch.equal(second, trained.kernel(9)) and relative(first, second) > 1e-3
+    assert torch.equal(y, trained(u, return_state=False))
+    assert torch.equal(third, make(measure=measure, seed=8).kernel(9))
+
+
+def own_system(rows=(), n=3, r=2):
+    g = torch.Generator().manual_seed(4)
+    z = torch.randn(*rows, n, r + 2, dtype=torch.complex128, generator=g)
+    Lambda = torch.complex(-z[..., 0].real.exp(), z[..., 0].imag)
+    return Lambda, z[..., 1:-1] if r else None, z[..., -1]
+
+
+@pytest.mark.parametrize("rows", [(), (2,)])
+@pytest.mark.parametrize("r", [0, 1, 3])
+def test_own_system(rows, r):
+    """from_system begins with the numbers given, and forgets them when trained, not when reset."""
+    Lambda, P, B = own_system(rows, r=r)
+    layer = S4Layer.from_system(Lambda, P, B, 2, dtype=torch.float64)
+    found = layer.system()
+    for v, value in zip(found[:3], (Lambda, P, B), strict=True):
+        assert v is None if value is None else relative(v, value.expand_as(v)) < 1e-14
+    train(layer, 1)
+    assert relative(layer.system().B, found.B) > 1e-3
+    layer.reset_parameters()
+    assert torch.equal(layer.system().B, found.B)
+    other = S4Layer.from_system(Lambda, P, B, 2, dtype=torch.float64)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.kernel(9), layer.kernel(9))
+
+
+BAD_OWN = [
+    (ValueError, "Lambda", lambda s: (-s[0], s[1], s[2])),
+    (ValueError, "Lambda", lambda s: (s[0].expand(3, 3), s[1], s[2])),
+    (ValueError, "Lambda, B|B", lambda s: (s[0], s[1], s[2][:2])),
+    (ValueError, "Lambda, P|P", lambda s: (s[0], s[1][:2], s[2])),
+    (TypeError, "B", lambda s: (s[0], s[1], None)),
+]
+
+
+@pytest.mark.parametrize(("error", "name", "changed"), BAD_OWN)
+def test_bad_own_system(error, name, changed):
+    with pytest.raises(error, match=rf"^({name})\b"):
+        S4Layer.from_system(*changed(own_system()), 2)
+    with pytest.raises(TypeError, match="stray"):
+        S4Layer.from_system(*own_system(), 2, stray=1)
+
+
+@pytest.mark.parametrize("measure", [*MEASURES, "own"])
+def test_dense(measure):
+    """The dense recurrence in real coordinates gives the layer's outputs and states."""
+    layer = (
+        S4Layer.from_system(*own_system(), 3, dtype=torch.float64)
+        if measure == "own"
+        else make(3, measure=measure)
+    )
+    u = signal(1, 40, 3)
+    y, state = layer(u)
+    for h, (A, B, C) in enumerate(zip(*layer.dense(), strict=True)):
+        sampled = discretize(A, B, layer.log_dt[h].exp(), layer.method)
+        y_h, x_h = scan(*sampled, C, u[0, :, h])
+        assert relative(y[0, :, h], y_h + layer.D[h] * u[0, :, h]) < 1e-11
+        assert relative(state[0, h], x_h) < 1e-11
+
+
+@pytest.mark.parametrize("measure", ["legs", "diag-lin"])
+def test_without_a_batch(measure):
+    layer, u = make(measure=measure), signal(1, 12, 4)
+    y, state = layer(u)
+    one, x = layer(u[0])
+    assert torch.equal(one, y[0]) and torch.equal(x, state[0])
+    assert torch.equal(layer(u[0], return_state=False), y[0])
+    assert torch.equal(layer(u[0], x)[0], layer(u, state)[0][0])
+    with pytest.raises(ValueError, match=r"^state"):
+        layer(u[0], state)
+
+
+@pytest.mark.parametrize("measure", ["legs", "diag-lin"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_empty_batch(measure, bidirectional):
+    """No examples are no error: in parallel, with a state, stepping, and backwards."""
+    layer, u = make(measure=measure, bidirectional=bidirectional), signal(0, 7, 4)
+    y, state = layer(u)
+    assert y.shape == (0, 7, 4) and state.shape == (0, 4, 0 if bidirectional else 8)
+    y.sum().backward()
+    assert (layer.D.grad == 0).all() and (layer.C.grad == 0).all()
+    if bidirectional:
+        return
+    y, state = layer(u, layer.initial_state(0), torch.zeros(0, dtype=torch.int64))
+    assert y.shape == (0, 7, 4) and state.shape == (0, 4, 8)
+    for step in (layer.step, layer.stepper()):
+        y, state = step(u[:, 0], state)
+        assert y.shape == (0, 4) and state.shape == (0, 4, 8)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
