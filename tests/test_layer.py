@@ -313,9 +313,9 @@ class Around(torch.nn.Module):
         return self.after(torch.nn.functional.gelu(self.layer(self.before(u))[0]))
 
 
-@pytest.mark.parametrize("measure", ["legs", "diag-lin"])
+@pytest.mark.parametrize("measure", ["legs", "legt", "diag-lin"])
 def test_compiled(measure):
-    """torch.compile gives the same values and gradients, a diagonal layer in one graph."""
+    """torch.compile gives the same values and gradients, in one graph."""
     torch._dynamo.reset()
     layer, u = make(measure=measure, dtype=torch.float32), signal(2, 30, 4, dtype=torch.float32)
     network = Around(layer)
@@ -327,15 +327,72 @@ def test_compiled(measure):
         graphs.append(graph)
         return graph
 
-    z = torch.compile(network, backend=collect)(u)
+    z = torch.compile(network, backend=collect, fullgraph=True)(u)
     assert torch.allclose(z, y, atol=1e-6)
-    assert len(graphs) == 1 or measure == "legs"
+    assert len(graphs) == 1
     for a, b in zip(gradients(network, z.sum()), first, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
     step, state = layer.stepper(), layer.initial_state(2)
     whole = torch.compile(step, backend="eager", fullgraph=True)
     assert torch.allclose(whole(u[:, 0], state)[0], step(u[:, 0], state)[0])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("measure", ["legs", "legt", "diag-lin"])
+@pytest.mark.parametrize("return_state", [False, True])
+def test_layer_exports(measure, return_state):
+    """The whole layer in one graph, for any number of examples."""
+    layer, u = make(measure=measure, dtype=torch.float32), signal(3, 20, 4, dtype=torch.float32)
+    state, batch = signal(3, 4, 8, dtype=torch.float32), torch.export.Dim("batch", min=1)
+    options = {"return_state": return_state}
+    shapes = {"u": {0: batch}, "state": {0: batch}, "return_state": None}
+    program = torch.export.export(layer, (u, state), options, dynamic_shapes=shapes).module()
+    found, expected = (f(u[:2], state[:2], **options) for f in (program, layer))
+    pairs = zip(found, expected, strict=True) if return_state else ((found, expected),)
+    for a, b in pairs:
+        assert relative(a, b) < 1e-5
+
+
+def as_function(layer):
+    """Return outputs and states as a function of input and parameters, and these."""
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(u, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (u,))
+
+    return run, [p.detach().clone().requires_grad_() for p in layer.parameters()]
+
+
+@pytest.mark.parametrize("measure", ["legs", "legt", "diag-lin"])
+def test_second_derivatives(measure):
+    """Of outputs and states, by every parameter and the input, against differences."""
+    layer, u = make(1, 4, measure=measure), signal(1, 3, 1).requires_grad_()
+    run, values = as_function(layer)
+    inputs = u, *values
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("measure", ["legs", "legt", "diag-lin"])
+def test_function_transforms(measure):
+    """vmap is a loop, and jacrev gives what autograd gives."""
+    layer, u = make(2, 4, measure=measure), signal(2, 6, 2)
+    run, values = as_function(layer)
+    others = [1.1 * v.detach() for v in values]
+    together = torch.func.vmap(run, (None, *[0] * len(values)))(
+        u, *map(torch.stack, zip(values, others, strict=True))
+    )
+    for i, one in enumerate((run(u, *values), run(u, *others))):
+        for found, expected in zip(together, one, strict=True):
+            assert relative(found[i], expected) < 1e-12
+    place = [name for name, _ in layer.named_parameters()].index("frequency")
+    y, x = torch.func.jacrev(run, 1 + place)(u, *values)
+    outputs, states = run(u, *values)
+    for row, expected in ((y[1, 4, 0], outputs[1, 4, 0]), (x[0, 1, 2], states[0, 1, 2])):
+        assert (
+            relative(row, torch.autograd.grad(expected, values[place], retain_graph=True)[0])
+            < 1e-12
+        )
 
 
 def test_never_mutates():
