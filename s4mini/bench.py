@@ -644,6 +644,12 @@ class BenchOptions:
 def cases(options: BenchOptions) -> list[Case]:
     """Return the cases that options ask for.
 
+    Args:
+        options: what to measure, and how large it may be.
+
+    Returns:
+        The cases, in the order in which they are measured.
+
     Source: book/bench.md.
     """
     sizes = [(128, 1024), (128, 4096), (128, 16384), (512, 1024), (512, 4096)]

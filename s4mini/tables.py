@@ -49,7 +49,13 @@ def _increments(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> tuple[Tenso
 
 
 def real_columns(z: Tensor) -> Tensor:
-    """Write half states (..., n, k) in real coordinates, (..., 2n, k).
+    """Write half states in real coordinates.
+
+    Args:
+        z: (..., n, k) complex, k states as columns.
+
+    Returns:
+        (..., 2n, k) real, [Re; Im].
 
     Source: book/tables.md.
     """
@@ -57,7 +63,13 @@ def real_columns(z: Tensor) -> Tensor:
 
 
 def real_rows(z: Tensor) -> Tensor:
-    """Write output vectors (..., k, n) for real coordinates, (..., k, 2n).
+    """Write output vectors for real coordinates.
+
+    Args:
+        z: (..., k, n) complex, k half spectra as rows.
+
+    Returns:
+        (..., k, 2n) real, 2 [Re, -Im].
 
     Source: book/tables.md.
     """
