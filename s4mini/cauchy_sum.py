@@ -10,14 +10,12 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s4mini.checks import check_choice, check_int, check_tensors
-from s4mini.generating import _check_batch
+from s4mini.generating import check_batch
 
 __all__ = ["nodes", "damp", "cauchy_naive", "cauchy", "keops_available"]
 
@@ -76,7 +74,7 @@ def damp(Lambda: Tensor, v: Tensor, L: int) -> tuple[Tensor, Tensor]:
     """
     L = check_int("L", L)
     check_tensors(Lambda=(Lambda, "... n"), v=(v, "... n"))
-    _check_batch(Lambda=Lambda.shape[:-1], v=v.shape[:-1])
+    check_batch(Lambda=Lambda.shape[:-1], v=v.shape[:-1])
     return _damp(Lambda, v, L)
 
 
@@ -99,7 +97,7 @@ def _checked(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, .
     kind = torch.promote_types(kind, torch.promote_types(x.dtype, y.dtype))
     kind = torch.promote_types(kind, torch.complex64)
     real = kind.to_real()
-    _check_batch(v=v.shape[:-2], Lambda=Lambda.shape[:-1])
+    check_batch(v=v.shape[:-2], Lambda=Lambda.shape[:-1])
     return v.to(kind), Lambda.to(kind), x.to(real), y.to(real)
 
 
@@ -200,126 +198,3 @@ def keops_available() -> str:
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
         return "KeOps needs a C++ compiler, and none was found"
     return ""
-
-
-def _weights(v: Tensor, Lambda: Tensor) -> Tensor:
-    """Return the real weights (..., 2k, 2n) of the features."""
-    Lambda = Lambda[..., None, :]  # (..., 1, n)
-    up, four_a = v * Lambda, 4 * Lambda.real
-    u = v.real.expand_as(up)
-    m = Lambda.real**2 + Lambda.imag**2
-    real = torch.cat((2 * up.real, -four_a * m * u), -1)
-    imag = torch.cat((2 * u, -four_a * (v * Lambda.conj()).real), -1)
-    return torch.cat((real, imag), -2)
-
-
-class _Scratch(dict):
-    """Memory for the tables of a piece, the same for every piece."""
-
-    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """Return a tensor of a shape; what it holds is undefined."""
-        size = math.prod(shape)
-        if name not in self or self[name].numel() < size:
-            self[name] = like.new_empty(size)
-        return self[name][:size].view(shape)
-
-
-def _features(a: Tensor, m: Tensor, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """Write H and G of modes a, m (h, n) at nodes x, y (M,) to out."""
-    a, m, x2, y2 = a[..., None], m[..., None], x * x, y * y
-    D, g = out[:, 0], out[:, 1]  # each (h, n, M)
-    torch.addcmul(-x2, m, y2, out=D)
-    torch.mul(D, D, out=g)
-    g.addcmul_((2 * a) ** 2, x2 * y2).reciprocal_()
-    D.mul_(g)  # now H
-    g.mul_(y2)  # now G
-    return out.flatten(1, 2)  # (h, 2n, M)
-
-
-class _PairSums(torch.autograd.Function):
-    """S = W [H; G] for one piece: (h, 2k, 2n) and (h, 2n, M)."""
-
-    @staticmethod
-    def forward(ctx, W, a, m, x, y, scratch):
-        shape = *a.shape[:1], 2, *a.shape[1:], *x.shape
-        F = _features(a, m, x, y, scratch.take("features", W, *shape))
-        ctx.save_for_backward(W, a, x, y)
-        ctx.F, ctx.scratch = F, scratch
-        return W @ F
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dS):
-        W, a, x, y = ctx.saved_tensors
-        F, scratch = ctx.F, ctx.scratch
-        dW = dS @ F.mT
-        dF = scratch.take("gradients", W, *F.shape)
-        torch.bmm(W.mT, dS, out=dF)
-        (H, G), (dH, dG) = F.chunk(2, 1), dF.chunk(2, 1)
-        T = torch.mul(H, dH, out=scratch.take("T", W, *H.shape))
-        T.addcmul_(G, dG)
-        dm = dH.mul_(G).addcmul_(H.mul_(T), y * y, value=-2).sum(-1)
-        da = -8 * a * (T.mul_(G) @ (x * x))
-        return dW, da, dm, None, None, None
-
-
-def _tiles(h: int, n: int, M: int, cuda: bool) -> Iterator:
-    """Cut h channels and M nodes into pieces of a bearable size."""
-    limit = 2**24 if cuda else 2**19  # entries of one feature
-    width = min(M, max(1, limit // n))
-    step = max(1, limit // (n * width))
-    for i in range(0, h, step):
-        for j in range(0, M, width):
-            yield slice(i, i + step), slice(j, j + width)
-
-
-class _InPieces(torch.autograd.Function):
-    """Evaluate function(W, a, m, x, y, scratch) -> (h, ..., M) in pieces."""
-
-    @staticmethod
-    def forward(ctx, function, W, a, m, x, y):
-        ctx.save_for_backward(W, a, m, x, y)
-        ctx.function, out, scratch = function, None, _Scratch()
-        for i, j in _tiles(*a.shape, len(x), a.is_cuda):
-            piece = function(W[i], a[i], m[i], x[j], y[j], scratch)
-            if out is None:
-                shape = len(a), *piece.shape[1:-1], len(x)
-                out = piece.new_empty(shape)
-            out[i, ..., j] = piece
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        *channels, x, y = ctx.saved_tensors
-        totals, scratch = [torch.zeros_like(t) for t in channels], _Scratch()
-        for i, j in _tiles(*channels[1].shape, len(x), x.is_cuda):
-            with torch.enable_grad():
-                part = [t[i].detach().requires_grad_() for t in channels]
-                piece = ctx.function(*part, x[j], y[j], scratch)
-            given = torch.autograd.grad(piece, part, gradient[i, ..., j])
-            for total, g in zip(totals, given, strict=True):
-                total[i] += g
-        return None, *totals, None, None
-
-
-def _pair_sums(W, a, m, x, y, scratch) -> Tensor:
-    """Return the complex sums (h, e, k, M) of one piece."""
-    S = _PairSums.apply(W.flatten(1, 2), a, m, x, y, scratch)
-    real, imag = S.unflatten(1, (W.shape[1], 2, -1)).unbind(2)
-    return torch.complex(y * real, x * imag)
-
-
-def _by_pieces(
-    function: Callable, v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor
-) -> Tensor:
-    """Apply a function like _pair_sums; e sets of weights share a mode."""
-    k, n = v.shape[-2:]
-    batch = torch.broadcast_shapes(v.shape[:-2], Lambda.shape[:-1])
-    own = batch[len(batch) - Lambda.ndim + 1 :]  # axes of the modes
-    Lambda = Lambda.expand(*own, n).reshape(-1, n)  # (h, n)
-    v = v.expand(*batch, k, n).reshape(-1, len(Lambda), k, n).transpose(0, 1)
-    W = _weights(v, Lambda[:, None])  # (h, e, 2k, 2n)
-    a, m = Lambda.real, Lambda.real**2 + Lambda.imag**2
-    p = _InPieces.apply(function, W, a, m, x, y)  # (h, e, ..., M)
-    return p.transpose(0, 1).reshape(*batch, *p.shape[2:])

@@ -510,7 +510,7 @@ def _check_device(*tensors: Tensor) -> None:
     if reason:
         raise RuntimeError(
             f"fused_spectrum: {reason}; "
-            'dplr_kernel with backend="torch" runs everywhere'
+            'dplr_kernel with backend="cauchy" runs everywhere'
         )
     if len(devices) > 1:
         listed = ", ".join(sorted(devices))

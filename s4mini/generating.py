@@ -11,11 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from s4mini.checks import check_int, check_positive, check_tensors
 
-__all__ = ["generating_function", "roots", "power_row", "truncated_C"]
+__all__ = ["generating_function", "roots", "power_row", "check_batch", "truncated_C"]
 
 
 def generating_function(
@@ -108,8 +107,17 @@ def power_row(E: Tensor, C: Tensor, L: int) -> Tensor:
     return row[..., 0, :]
 
 
-def _check_batch(**shapes: Sequence[int]) -> None:
-    """Refuse batch axes that cannot be broadcast."""
+def check_batch(**shapes: Sequence[int]) -> None:
+    """Refuse batch axes that cannot be broadcast.
+
+    Args:
+        shapes: the batch axes of each argument, by its name.
+
+    Raises:
+        ValueError: they do not agree; the message names all arguments.
+
+    Source: book/generating.md.
+    """
     try:
         torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
@@ -140,55 +148,10 @@ def truncated_C(E: Tensor, C: Tensor, L: int, weight: float = 1.0) -> Tensor:
     """
     L = check_int("L", L)
     check_tensors(E=(E, "... N N"), C=(C, "... N"))
-    _check_batch(E=E.shape[:-2], C=C.shape[:-1])
+    check_batch(E=E.shape[:-2], C=C.shape[:-1])
     check_positive("weight", weight)
     if weight > 1:
         raise ValueError(f"weight: expected a number in (0, 1], got {weight}")
     kind = torch.promote_types(E.dtype, C.dtype)
     E, C = E.to(kind), C.to(kind)
     return (1 - weight) * C - weight * power_row(E, C, L)
-
-
-def _doublings(E: Tensor, C: Tensor, L: int) -> tuple[Tensor, list]:
-    """Return d_L (h, e, N), and each E with the rows that met it."""
-    d, levels = torch.zeros_like(C), []
-    while True:
-        rows = []
-        for _ in range(L if L <= 32 else L % 2):
-            rows.append(C + d)
-            d = torch.baddbmm(d, rows[-1], E)
-        levels.append((E, rows))
-        if L <= 32:
-            return d, levels
-        # A_bar^2 - I, and half as many steps
-        E, L = (E @ E).add_(E, alpha=2), L // 2
-
-
-def _undo(levels: list, dd: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a derivative by d_L back to E (h, N, N) and C (h, e, N)."""
-    dE, start = None, dd
-    for E, rows in reversed(levels):
-        after = []
-        for _ in rows:
-            after.append(dd)
-            dd = torch.baddbmm(dd, dd, E.mT)
-        if dE is not None:  # E' = 2 E + E E
-            dE = (dE @ E.mT).add_(dE, alpha=2).baddbmm_(E.mT, dE)
-        if rows:
-            X, G = torch.cat(rows, 1), torch.cat(after[::-1], 1)
-            dE = X.mT @ G if dE is None else dE.baddbmm_(X.mT, G)
-    return dE, dd - start
-
-
-class _PowerRow(torch.autograd.Function):
-    """d_L = C (A_bar^L - I), of E (h, N, N) and e rows C (h, e, N)."""
-
-    @staticmethod
-    def forward(ctx, E, C, L):
-        d, ctx.levels = _doublings(E, C, L)
-        return d
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dd):
-        return *_undo(ctx.levels, dd), None

@@ -78,13 +78,6 @@ def test_gradients(backend):
             assert check(lambda v, m, L=L: backend(v, m, *nodes(L)), inputs)
 
 
-def test_pieces_are_the_whole():
-    """The sums in pieces, which the kernel uses, are those of cauchy."""
-    v, Lambda = sums(5)
-    p = chapter._by_pieces(chapter._pair_sums, v, Lambda, *nodes(30))
-    assert close(p, cauchy(v, Lambda, *nodes(30)))
-
-
 def test_backends():
     v, Lambda = sums()
     with pytest.raises(ValueError, match=r"^backend: "):
@@ -95,16 +88,6 @@ def test_backends():
     else:
         p = cauchy(v, Lambda, *nodes(9), backend="keops")
         assert close(p, cauchy(v, Lambda, *nodes(9)))
-
-
-@pytest.mark.parametrize(
-    ("h", "n", "M"), [(1, 1, 1), (7, 32, 513), (3, 32, 100_000), (5, 2**20, 3)]
-)
-def test_tiles_cover_everything_once(h, n, M):
-    seen = torch.zeros(h, M, dtype=torch.int64)
-    for i, j in chapter._tiles(h, n, M, False):
-        seen[i, j] += 1
-    assert (seen == 1).all()
 
 
 def test_single_precision():

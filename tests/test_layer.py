@@ -593,7 +593,7 @@ BAD_LAYER = [
     (ValueError, "method", {"method": "euler", "measure": "diag-lin"}),
     (ValueError, "tied", {"tied": "yes"}),
     (ValueError, "backend", {"backend": "fast"}),
-    (ValueError, "backend", {"backend": "naive", "measure": "diag-lin"}),
+    (ValueError, "backend", {"backend": "cauchy", "measure": "diag-lin"}),
 ]
 
 
