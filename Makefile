@@ -30,7 +30,7 @@ tangle: $(VENV)/.ready
 	$(BIN)/python tools/tangle.py
 
 data: $(VENV)/.ready
-	$(BIN)/python -c "from s4mini.data import NAMES, download; [print(download(n), n) for n in NAMES]"
+	$(BIN)/s4mini data
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

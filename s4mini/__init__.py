@@ -22,7 +22,6 @@ What most people need:
     dplr_kernel       Return the convolution kernel of a diagonal plus low-rank system.
     s4d_kernel        Return the convolution kernel of a diagonal system.
     S4Layer           Run one structured state space system on each channel.
-    S4Config          Everything that decides which function a network's weights describe.
     S4Block           Wrap an S4 layer: nonlinearity, mixing of channels, residual, norm.
     S4Model           Read a sequence with a stack of S4 blocks.
     parameter_groups  Sort parameters into three groups for an optimiser such as AdamW.
@@ -34,7 +33,7 @@ What most people need:
     download          Fetch a data set, unless it is there already.
     Recipe            A training run, down to the last number that decides its outcome.
     RECIPES
-    Learner           A model, its data, and the rules by which a recipe trains it.
+    Learner           A model and the rules by which a recipe trains it.
     predict           Answer all examples of a split.
     evaluate          Measure a model on examples of a split.
     fit               Train a model by a recipe; choose on validation, test once.
@@ -58,12 +57,12 @@ and ``help(s4mini.kernel)`` and the like tell more:
     recurrence      Stepping in linear time
     diagonal        Diagonal systems
     layer           The layer
-    saving          Saved, whole or not at all
     model           The network
-    tasks           Three tasks
     data            Data as sequences
     images          Images as sequences
+    recipes         Recipes
     train           Training
+    cli             The command line
     speech          Spoken digits
     forecast        Hours to come
     lra             Lists and paths
@@ -97,18 +96,17 @@ if _TYPE_CHECKING:
     from s4mini.lowrank import half_spectrum as half_spectrum
     from s4mini.lowrank import nplr as nplr
     from s4mini.model import S4Block as S4Block
-    from s4mini.model import S4Config as S4Config
+    from s4mini.model import S4Classifier as S4Classifier
+    from s4mini.model import S4Forecaster as S4Forecaster
+    from s4mini.model import S4LanguageModel as S4LanguageModel
     from s4mini.model import S4Model as S4Model
     from s4mini.model import parameter_groups as parameter_groups
     from s4mini.official import from_official as from_official
     from s4mini.projection import MEASURES as MEASURES
     from s4mini.projection import hippo as hippo
-    from s4mini.tasks import S4Classifier as S4Classifier
-    from s4mini.tasks import S4Forecaster as S4Forecaster
-    from s4mini.tasks import S4LanguageModel as S4LanguageModel
-    from s4mini.train import RECIPES as RECIPES
+    from s4mini.recipes import RECIPES as RECIPES
+    from s4mini.recipes import Recipe as Recipe
     from s4mini.train import Learner as Learner
-    from s4mini.train import Recipe as Recipe
     from s4mini.train import evaluate as evaluate
     from s4mini.train import fit as fit
     from s4mini.train import predict as predict
@@ -125,18 +123,17 @@ _HOMES = {
     "dplr_kernel": "kernel",
     "s4d_kernel": "diagonal",
     "S4Layer": "layer",
-    "S4Config": "model",
     "S4Block": "model",
     "S4Model": "model",
     "parameter_groups": "model",
-    "S4Classifier": "tasks",
-    "S4Forecaster": "tasks",
-    "S4LanguageModel": "tasks",
+    "S4Classifier": "model",
+    "S4Forecaster": "model",
+    "S4LanguageModel": "model",
     "Source": "data",
     "load": "data",
     "download": "data",
-    "Recipe": "train",
-    "RECIPES": "train",
+    "Recipe": "recipes",
+    "RECIPES": "recipes",
     "Learner": "train",
     "predict": "train",
     "evaluate": "train",
@@ -159,12 +156,12 @@ _MODULES = (
     "recurrence",
     "diagonal",
     "layer",
-    "saving",
     "model",
-    "tasks",
     "data",
     "images",
+    "recipes",
     "train",
+    "cli",
     "speech",
     "forecast",
     "lra",
@@ -176,7 +173,7 @@ _MODULES = (
     "figures",
 )
 _NEEDS = {
-    "train": ("lightning", "safetensors", "tqdm"),
+    "train": ("filelock", "lightning"),
 }
 _EXTRAS = {"matplotlib": "book", "plotly": "book", "sympy": "book", "triton": "triton"}
 

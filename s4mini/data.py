@@ -180,9 +180,9 @@ class TensorData(SequenceData):
         return Batch(u[index], target[index], None if n is None else n[index])
 
     @property
-    def horizon(self) -> int:
-        """How many steps are to be forecast."""
-        return self.tensors["train"][1].shape[1]
+    def horizon(self) -> int | None:
+        """How many steps are to be forecast; None: labels are."""
+        return None if self.classes else self.tensors["train"][1].shape[1]
 
 
 def from_tensors(

@@ -1,0 +1,396 @@
+"""The command line.
+
+One program, `s4mini`: its options are the fields of the records that the pages before
+have defined, and nothing that a user can do wrong ends in a traceback.
+
+Tangled from book/cli.md.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+__all__ = ["read_recipe", "FitOptions", "EvaluateOptions", "DataOptions", "main"]
+
+
+def _module(name: str) -> ModuleType:
+    """Import one of our modules, or say which extra is missing."""
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("s4mini"):
+            raise
+        raise ModuleNotFoundError(
+            f'this needs {error.name}: pip install "s4mini[train]"',
+            name=error.name,
+        ) from error
+
+
+def read_recipe(name: str) -> object:
+    """Return a recipe by its name, or from a file.
+
+    Args:
+        name: one of RECIPES, a file of JSON, or the folder of a run.
+
+    Returns:
+        The Recipe.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such recipe, or the file holds none.
+
+    Source: book/cli.md.
+    """
+    recipes = _module("s4mini.recipes")
+    path = Path(name, "recipe.json") if Path(name).is_dir() else Path(name)
+    if name in recipes.RECIPES or path.suffix != ".json":
+        _module("s4mini.checks").check_choice("recipe", name, tuple(recipes.RECIPES))
+        return recipes.RECIPES[name]
+    try:
+        return recipes.Recipe(**json.loads(path.read_text("utf8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected a recipe: {error}") from error
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Where and how to train.
+
+    Attributes:
+        out: folder for logs and weights; none: runs/RECIPE.
+        resume: go on with the run in the folder; more epochs extend it.
+        until: stop after this epoch, to be resumed later.
+        seeds: run so many, counted from the recipe's, in folders of their
+            own; give mean and standard deviation.
+        progress: how to show it; none: a bar at a terminal, else lines.
+        devices: GPUs, or processes without one, on each machine.
+        nodes: machines; start the same command on each by torchrun or srun.
+        strategy: with ddp each device takes a share of every batch.
+
+    Source: book/cli.md.
+    """
+
+    out: Path | None = None
+    resume: bool = False
+    until: int | None = None
+    seeds: int = 1
+    progress: Literal["bar", "lines", "none"] | None = None
+    devices: int = 1
+    nodes: int = 1
+    strategy: Literal["auto", "ddp"] = "auto"
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What to measure.
+
+    Attributes:
+        split: the examples to measure on.
+        json: print JSON instead of words.
+
+    Source: book/cli.md.
+    """
+
+    split: Literal["test", "validation"] = "test"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where to put data sets.
+
+    Attributes:
+        folder: none: S4MINI_DATA, or the user's cache.
+
+    Source: book/cli.md.
+    """
+
+    folder: Path | None = None
+
+
+def _parse(kind: type, default: object, argv: list[str], prog: str) -> object:
+    """Read options of a record from a command line."""
+    tyro = _module("tyro")
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[kind], default=default, args=argv, prog=prog
+    )
+
+
+def _first(argv: list[str], what: str, usage: str) -> tuple[str, list[str]]:
+    """Take the word a command begins with."""
+    if not argv or argv[0].startswith("-"):
+        raise ValueError(f"{what}: expected one; usage: s4mini {usage}")
+    return argv[0], argv[1:]
+
+
+def _fit(argv: list[str]) -> None:
+    """Train by a recipe, select on validation, test."""
+    asks = argv in (["-h"], ["--help"])
+    name, rest = (
+        ("digits", argv)
+        if asks
+        else _first(argv, "recipe", "fit RECIPE [options]; `s4mini list` names them")
+    )
+    recipe = read_recipe(name)
+
+    @dataclass(frozen=True)
+    class Fit:
+        """Train by a recipe, select on validation, test once."""
+
+        run: FitOptions
+        recipe: type(recipe)
+
+    shown = "RECIPE" if asks else name
+    given = _parse(Fit, Fit(FitOptions(), recipe), rest, f"s4mini fit {shown}")
+    out = given.run.out or Path("runs", Path(name).stem)
+    _fit_seeds(given.recipe, out, given.run)
+
+
+def _fit_seeds(recipe: object, out: Path, options: FitOptions) -> None:
+    """Train with one seed or several, and print what it came to."""
+    train = _module("s4mini.train")
+    seeds = _module("s4mini.checks").check_int("seeds", options.seeds)
+    if seeds > 1 and options.devices * options.nodes > 1:
+        raise ValueError("seeds: expected 1 with several devices")
+    if seeds == 1:
+        _show(_fit_one(recipe, out, options, options.resume))
+        return
+    results = []
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        folder = out / f"seed-{seed}"
+        resume = options.resume and (folder / "recipe.json").exists()
+        one = replace(recipe, seed=seed)
+        results.append(_fit_one(one, folder, options, resume))
+        _show(results[-1])
+    if all(result.test for result in results):
+        summary = train.summarise(results)
+        content = json.dumps(summary, indent=1).encode()
+        train.write_atomically(out / "summary.json", content)
+        print(f"mean and standard deviation of {seeds} seeds")
+        for kind in ("validation", "test"):
+            parts = (
+                f"{k} {v['mean']:.4f} ± {v['sd']:.4f}" for k, v in summary[kind].items()
+            )
+            print(f"{kind:12}{', '.join(parts)}")
+
+
+def _fit_one(recipe: object, out: Path, options: FitOptions, resume: bool):
+    """Train with one seed."""
+    recipes, train = _module("s4mini.recipes"), _module("s4mini.train")
+    shown = options.progress or ("bar" if sys.stderr.isatty() else "lines")
+    data = recipes.load_data(recipe, os.cpu_count() or 1)
+    return train.fit(
+        recipe,
+        out,
+        data,
+        until=options.until,
+        resume=resume,
+        progress=shown,
+        devices=options.devices,
+        nodes=options.nodes,
+        strategy=options.strategy,
+    )
+
+
+def _show(result: object) -> None:
+    """Print what a run has come to, in the first process only."""
+    if _module("s4mini.train").rank_zero_only.rank:
+        return
+    print(
+        f"{result.data}: seed {result.recipe.seed}, "
+        f"{result.parameters:,} parameters, {result.device}"
+    )
+    for kind in ("validation", "test"):
+        figures = getattr(result, kind)
+        print(f"{kind:12}{_figures(figures) if figures else 'unfinished'}")
+    print(f"{'files in':12}{result.folder}")
+
+
+def _figures(figures: dict[str, float]) -> str:
+    """Write figures in one line."""
+    return ", ".join(
+        f"{name} {value:.2%}" if name == "accuracy" else f"{name} {value:.4f}"
+        for name, value in figures.items()
+    )
+
+
+def _evaluate(argv: list[str]) -> None:
+    """Measure the best weights of a run."""
+    asks = argv in (["-h"], ["--help"])
+    name, rest = (
+        ("RUN", argv) if asks else _first(argv, "run", "evaluate FOLDER [options]")
+    )
+    options = _parse(
+        EvaluateOptions, EvaluateOptions(), rest, f"s4mini evaluate {name}"
+    )
+    train, recipes = _module("s4mini.train"), _module("s4mini.recipes")
+    model, recipe = train.load_run(name)
+    data = recipes.load_data(recipe, os.cpu_count() or 1)
+    split, index = train.parts_of(recipe, data)[options.split]
+    figures = train.evaluate(model, data, split, index)
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "data": data.title,
+                    "split": options.split,
+                    "examples": len(index),
+                    **figures,
+                }
+            )
+        )
+    else:
+        print(f"{data.title}: {len(index):,} examples of {options.split}")
+        print(_figures(figures))
+
+
+def _data(argv: list[str]) -> None:
+    """Download data sets: all, or those that are named."""
+    data = _module("s4mini.data")
+    names = [word for word in argv if word in data.HOMES]
+    rest = [word for word in argv if word not in names]
+    if rest and not rest[0].startswith("-"):
+        _module("s4mini.checks").check_choice("name", rest[0], data.NAMES)
+    options = _parse(DataOptions, DataOptions(), rest, "s4mini data [NAME ...]")
+    for name in names or data.NAMES:
+        print(f"{name}: ready in {data.download(name, options.folder)}")
+
+
+def _list(argv: list[str]) -> None:
+    """Show the recipes, or one in full."""
+    recipes = _module("s4mini.recipes")
+    if argv and not argv[0].startswith("-"):
+        for name, value in asdict(read_recipe(argv[0])).items():
+            print(f"{name:15}{json.dumps(value)}")
+        return
+    rows = [("RECIPE", "DATA", "BLOCKS", "STATE", "BATCH", "EPOCHS")]
+    for name, r in recipes.RECIPES.items():
+        rows.append(
+            (
+                name,
+                r.data,
+                f"{r.n_layers} x {r.d_model}",
+                r.d_state,
+                r.batch_size,
+                r.epochs,
+            )
+        )
+    for name, data, blocks, *sizes in rows:
+        numbers = "".join(f"{size:>7}" for size in sizes)
+        print(f"{name:14}{data:12}{blocks:>8}{numbers}")
+
+
+def _bench(argv: list[str]) -> None:
+    """Measure speed and memory on this machine."""
+    _module("s4mini.bench").run_bench(argv)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "list": _list,
+    "fit": _fit,
+    "evaluate": _evaluate,
+    "data": _data,
+    "bench": _bench,
+}
+
+_USAGE = """\
+usage: s4mini COMMAND ...
+
+Train and measure structured state space models (S4).
+
+  s4mini list [RECIPE]             the recipes, or one in full
+  s4mini fit RECIPE [options]      train; seconds on a laptop for `digits`
+  s4mini evaluate FOLDER           measure the best weights of a run
+  s4mini data [NAME ...]           download data sets
+  s4mini bench [options]           measure speed and memory
+
+`s4mini COMMAND --help` tells more; `s4mini --version` which version this is.
+
+examples:
+  s4mini fit digits --lr 0.005 --out runs/slow
+  s4mini fit runs/slow/recipe.json --out runs/again
+  s4mini fit digits --resume --epochs 20       go on, or extend
+  s4mini fit digits --seeds 3                  mean and deviation
+  s4mini fit scifar --devices 4 --strategy ddp
+"""
+
+
+@contextmanager
+def _any_terminal() -> Iterator[None]:
+    """Let printing succeed in any terminal, and without one."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        try:
+            sys.stdout = sys.stdout or nowhere
+            sys.stderr = sys.stderr or nowhere
+            for stream in (sys.stdout, sys.stderr):
+                if hasattr(stream, "reconfigure"):
+                    stream.reconfigure(errors="replace")
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, measure, list or download from the command line.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0; 1 after a message; 130 after Ctrl-C; 141 when the
+        reader of the output has gone.
+
+    Raises:
+        SystemExit: the arguments cannot be read, help was asked for, or
+            the process was told to stop (143).
+
+    Source: book/cli.md.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with _any_terminal():
+        try:
+            return _run(argv)
+        except BrokenPipeError:  # of `s4mini list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except KeyboardInterrupt:
+            return 130
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            MemoryError,
+            ModuleNotFoundError,
+        ) as error:
+            print(f"s4mini: {error}", file=sys.stderr)
+            return 1
+
+
+def _run(argv: list[str]) -> int:
+    """Find the command, and do what it says."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"s4mini {version('s4mini')}")
+        return 0
+    _module("s4mini.checks").check_choice("command", argv[0], tuple(_COMMANDS))
+    _COMMANDS[argv[0]](argv[1:])
+    sys.stdout.flush()
+    return 0
+
+
+# A notebook's __name__ is __main__ too, but a notebook has no __file__.
+if __name__ == "__main__" and "__file__" in globals():
+    raise SystemExit(main())
