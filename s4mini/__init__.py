@@ -22,6 +22,7 @@ What most people need:
     dplr_kernel       Return the convolution kernel of a diagonal plus low-rank system.
     s4d_kernel        Return the convolution kernel of a diagonal system.
     S4Layer           Run one structured state space system on each channel.
+    S4Config          Everything that decides which function a network's weights describe.
     S4Block           Wrap an S4 layer: nonlinearity, mixing of channels, residual, norm.
     S4Model           Read a sequence with a stack of S4 blocks.
     parameter_groups  Sort parameters into three groups for an optimiser such as AdamW.
@@ -57,7 +58,9 @@ and ``help(s4mini.kernel)`` and the like tell more:
     recurrence      Stepping in linear time
     diagonal        Diagonal systems
     layer           The layer
+    saving          Saved, whole or not at all
     model           The network
+    tasks           Three tasks
     data            Data as sequences
     images          Images as sequences
     recipes         Recipes
@@ -96,9 +99,7 @@ if _TYPE_CHECKING:
     from s4mini.lowrank import half_spectrum as half_spectrum
     from s4mini.lowrank import nplr as nplr
     from s4mini.model import S4Block as S4Block
-    from s4mini.model import S4Classifier as S4Classifier
-    from s4mini.model import S4Forecaster as S4Forecaster
-    from s4mini.model import S4LanguageModel as S4LanguageModel
+    from s4mini.model import S4Config as S4Config
     from s4mini.model import S4Model as S4Model
     from s4mini.model import parameter_groups as parameter_groups
     from s4mini.official import from_official as from_official
@@ -106,6 +107,9 @@ if _TYPE_CHECKING:
     from s4mini.projection import hippo as hippo
     from s4mini.recipes import RECIPES as RECIPES
     from s4mini.recipes import Recipe as Recipe
+    from s4mini.tasks import S4Classifier as S4Classifier
+    from s4mini.tasks import S4Forecaster as S4Forecaster
+    from s4mini.tasks import S4LanguageModel as S4LanguageModel
     from s4mini.train import Learner as Learner
     from s4mini.train import evaluate as evaluate
     from s4mini.train import fit as fit
@@ -123,12 +127,13 @@ _HOMES = {
     "dplr_kernel": "kernel",
     "s4d_kernel": "diagonal",
     "S4Layer": "layer",
+    "S4Config": "model",
     "S4Block": "model",
     "S4Model": "model",
     "parameter_groups": "model",
-    "S4Classifier": "model",
-    "S4Forecaster": "model",
-    "S4LanguageModel": "model",
+    "S4Classifier": "tasks",
+    "S4Forecaster": "tasks",
+    "S4LanguageModel": "tasks",
     "Source": "data",
     "load": "data",
     "download": "data",
@@ -156,7 +161,9 @@ _MODULES = (
     "recurrence",
     "diagonal",
     "layer",
+    "saving",
     "model",
+    "tasks",
     "data",
     "images",
     "recipes",

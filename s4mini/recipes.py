@@ -13,8 +13,8 @@ import torch
 
 from s4mini.checks import check_bool, check_choice, check_int, check_number
 from s4mini.data import SequenceData, load, options_of
-from s4mini.model import S4Forecaster, S4Model
-from s4mini.projection import MEASURES
+from s4mini.model import LAYER_MEASURES, S4Config, S4Model
+from s4mini.tasks import S4Forecaster
 
 __all__ = ["Recipe", "RECIPES", "load_data", "build", "check_recipe", "sizes_of"]
 
@@ -93,7 +93,6 @@ class Recipe:
         _check_recipe(self)
 
 
-_SYSTEMS = (*MEASURES, "random", "diag-legs", "diag-lin", "diag-inv", "diag-real")
 _MOST = {  # of each integer; seeds are what PyTorch's generators take
     "d_model": 2**16,
     "n_layers": 2**10,
@@ -127,7 +126,7 @@ def _check_recipe(recipe: Recipe) -> None:
             _check_size(name, value)
     if not isinstance(recipe.data, str) or not recipe.data:
         raise TypeError(f"data: expected a name, got {recipe.data!r}")
-    check_choice("measure", recipe.measure, _SYSTEMS)
+    check_choice("measure", recipe.measure, LAYER_MEASURES)
     if recipe.dt_max < recipe.dt_min:
         raise ValueError(
             f"dt_max: expected at least dt_min = {recipe.dt_min}, got {recipe.dt_max}"
@@ -294,13 +293,13 @@ def build(
     Source: book/recipes.md.
     """
     check_recipe(recipe)
-    model = S4Model(
-        check_int("channels", channels),
-        check_int("outputs", outputs),
+    config = S4Config(
+        d_input=check_int("channels", channels),
+        d_output=check_int("outputs", outputs),
         **{name: getattr(recipe, name) for name in _MODEL},
         pool=recipe.pool if horizon is None else "none",
-        generator=torch.Generator().manual_seed(recipe.seed),
     )
+    model = S4Model(config, torch.Generator().manual_seed(recipe.seed))
     return model if horizon is None else S4Forecaster(model, horizon)
 
 

@@ -36,9 +36,11 @@ from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from s4mini.checks import check_choice, check_int, check_positive
-from s4mini.data import SequenceData, Split, from_tensors, whole, write_atomically
-from s4mini.model import S4Forecaster, S4Model, parameter_groups
+from s4mini.data import SequenceData, Split, from_tensors, whole
+from s4mini.model import S4Model, parameter_groups
 from s4mini.recipes import Recipe, build, check_recipe, load_data, sizes_of
+from s4mini.saving import write_atomically
+from s4mini.tasks import S4Forecaster
 
 __all__ = [
     "split_indices",
@@ -1010,10 +1012,11 @@ def load_run(folder: str | Path) -> tuple[S4Model | S4Forecaster, Recipe]:
         raise FileNotFoundError(f"{path}: not found; not the folder of a run")
     try:
         recipe = Recipe(**json.loads(path.read_text()))
-        config = json.loads(Path(folder, "config.json").read_text())
+        config = json.loads(Path(folder, "config.json").read_text("utf8"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected a recipe: {error}") from error
-    kind = S4Forecaster if "horizon" in json.dumps(config) else S4Model
+    forecasts = config.get("class") == "S4Forecaster"
+    kind = S4Forecaster if forecasts else S4Model
     return kind.from_pretrained(folder), recipe
 
 
