@@ -141,13 +141,14 @@ def _fit(argv: list[str]) -> None:
         else _first(argv, "recipe", "fit RECIPE [options]; `s4mini list` names them")
     )
     recipe = read_recipe(name)
+    kind = type(recipe)  # in the class below, recipe is a name of its own
 
     @dataclass(frozen=True)
     class Fit:
         """Train by a recipe, select on validation, test once."""
 
         run: FitOptions
-        recipe: type(recipe)
+        recipe: kind
 
     shown = "RECIPE" if asks else name
     given = _parse(Fit, Fit(FitOptions(), recipe), rest, f"s4mini fit {shown}")
@@ -174,7 +175,7 @@ def _fit_seeds(recipe: object, out: Path, options: FitOptions) -> None:
     if all(result.test for result in results):
         summary = train.summarise(results)
         content = json.dumps(summary, indent=1).encode()
-        train.write_atomically(out / "summary.json", content)
+        _module("s4mini.saving").write_atomically(out / "summary.json", content)
         print(f"mean and standard deviation of {seeds} seeds")
         for kind in ("validation", "test"):
             parts = (

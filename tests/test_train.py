@@ -171,16 +171,15 @@ def hours(name, length, horizon):
     )  # fmt: skip
 
 
-def stand_in(name, gray=False, size=None, **options):
+def stand_in(name, **options):
     """Take the place of load, with data that need no files."""
-    options.pop("workers", None)
     if name in ("cifar10", "mnist"):
-        return images(name, gray, size and 4, options["order"])
+        return images(name, **options)
     if name == "speech":
         return sounds()
     if name.startswith("ett"):
         return hours(name, options["length"], options["horizon"])
-    return load(name, gray, size, **options)
+    return load(name, **options)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -290,7 +289,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(digits, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "last.ckpt").read_bytes() == kept
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
     ended = train.fit(TINY, tmp_path, digits, resume=True, progress="none")
     assert len(ended.history) == TINY.epochs and ended.test is not None
 
@@ -459,7 +458,7 @@ def test_files_are_plain_and_complete(whole):
     result = json.loads((whole.folder / "result.json").read_text())
     assert result["test_accuracy"] == whole.test_accuracy
     assert {"command", "device", "versions", "seed", "recipe", "data", "history"} <= set(result)
-    assert not list(whole.folder.rglob("*.part"))
+    assert not list(whole.folder.rglob("*.tmp"))
 
 
 def test_lightning_calls_any_callback_and_logger(digits, tmp_path):
@@ -580,7 +579,6 @@ def test_slurm_without_srun_is_one_sentence(digits, tmp_path, monkeypatch):
     [
         (["fit", "digitz"], "did you mean 'digits'"),
         (["lst"], "did you mean 'list'"),
-        (["fit", "digits", "--epochs", "0"], "epochs: expected an integer >= 1"),
         (["fit", "digits", "--seeds", "0"], "seeds: expected an integer >= 1"),
         (["fit", "digits", "--seeds", "2", "--devices", "2"], "seeds: expected 1 with several"),
         (["fit", "digits", "--resume", "--out", "nowhere"], "nothing to resume"),
@@ -592,6 +590,22 @@ def test_the_command_line_names_mistakes(arguments, message, capsys):
     assert cli.main(arguments) == 1
     seen = capsys.readouterr()
     assert message in seen.err and seen.err.startswith("s4mini: ") and seen.out == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--epochs", "0", "epochs: expected an integer >= 1, got 0"),
+        ("--lr", "fast", "fast"),
+        ("--colour", "red", "--colour"),
+    ],
+)
+def test_options_that_cannot_be_read_are_status_2(option, value, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["fit", "digits", option, value])
+    seen = capsys.readouterr()
+    assert stopped.value.code == 2 and message in seen.err and seen.out == ""
+    assert "Traceback" not in seen.err
 
 
 def test_any_terminal_will_do():
