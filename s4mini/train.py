@@ -396,12 +396,14 @@ class Learner(pl.LightningModule):
         figures = dict(zip(self.names, terms.detach(), strict=True))
         figures = {f"{kind}_{k}": v for k, v in figures.items()}
         figures[f"{kind}_loss"] = terms[0].detach()
+        # Lightning takes the devices' mean of this integer, rounded down
+        count = len(target) * self.trainer.world_size if weight else 0
         self.log_dict(
             figures,
             on_step=False,
             on_epoch=True,
             sync_dist=True,
-            batch_size=len(target) if weight else 0,
+            batch_size=count,
             prog_bar=True,
         )
         return terms[0]
@@ -591,29 +593,50 @@ class _Stop(BaseException):
     """A signal asks to stop."""
 
 
+class _StopBetweenBatches(pl.Callback):
+    """Keep a signal until a batch has ended."""
+
+    number: int | None = None
+
+    def hear(self, number: int, frame: object) -> None:
+        """Take note of a signal; obey the second at once."""
+        if self.number is not None:
+            raise _Stop
+        self.number = number
+
+    def obey(self) -> None:
+        """Stop, if that was asked for."""
+        if self.number is not None:
+            raise _Stop
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.obey()
+
+    def on_validation_batch_start(self, *_: object) -> None:
+        self.obey()
+
+
 @contextmanager
-def _signals(out: Path) -> Iterator[None]:
+def _signals(out: Path) -> Iterator[_StopBetweenBatches]:
     """Turn SIGINT and SIGTERM into a stop that says what is kept."""
+    asked, numbers = _StopBetweenBatches(), (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-
-    def stop(number, frame):
-        raise _Stop(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, stop) for number in numbers}
+    before = {number: signal.signal(number, asked.hear) for number in numbers}
     try:
-        yield
-    except _Stop as error:
+        yield asked
+        asked.obey()
+    except (_Stop, SystemExit):  # Lightning obeys SIGTERM by SystemExit
+        if asked.number is None:
+            raise
         if rank_zero_only.rank == 0:
-            kept = (
-                "holds the last whole epoch"
-                if (out / "last.ckpt").exists()
-                else "holds no whole epoch yet"
+            kept = "the last" if (out / "last.ckpt").exists() else "no"
+            print(
+                f"\ninterrupted; {out} holds {kept} whole epoch, resume it",
+                file=sys.stderr,
             )
-            print(f"\ninterrupted; {out} {kept}, resume it", file=sys.stderr)
-        if error.args[0] == signal.SIGINT:
+        if asked.number == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise SystemExit(143) from None
     finally:
@@ -904,7 +927,7 @@ def fit(
     data = load_data(recipe) if data is None else as_data(data)
     recipe = _check_data(recipe, data)
     module, batches = Learner(recipe, **sizes_of(data)), RecipeData(recipe, data)
-    with only_writer(out), _signals(out):
+    with only_writer(out), _signals(out) as asked:
         at = out / "last.ckpt" if resume and (out / "last.ckpt").exists() else None
         if at:
             module.history = _read_checkpoint(at, recipe)["history"]
@@ -914,7 +937,9 @@ def fit(
         if len(module.history) < min(last, recipe.epochs):
             first, upto = len(module.history), min(last, recipe.epochs)
             with quietly():
-                trainer = _trainer(recipe, out, first, upto, progress, machines, logger)
+                trainer = _trainer(
+                    recipe, out, first, upto, progress, machines, logger, asked
+                )
                 _run(trainer, module, batches, at)
         return _finish(module, data, out, devices * nodes)
 
@@ -944,6 +969,7 @@ def _trainer(
     progress: str,
     machines: dict,
     logger: Logger | None,
+    asked: pl.Callback,
 ) -> pl.Trainer:
     """Return Lightning's Trainer for a recipe."""
     on_cuda = torch.cuda.is_available()
@@ -954,6 +980,7 @@ def _trainer(
         *([logger] if logger is not None else []),
     ]
     callbacks = [
+        asked,
         LearningRateMonitor(),
         KeepBest(out),
         ModelCheckpoint(
