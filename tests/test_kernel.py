@@ -205,9 +205,7 @@ def test_bad_calls(kind, name, change):
 
 
 def test_an_unknown_backend_is_told_the_known_ones():
-    with pytest.raises(
-        ValueError, match=r"'auto' or one of 'tables', 'cauchy', 'triton'.*'keops'"
-    ):
+    with pytest.raises(ValueError, match=r"'auto' or one of 'tables', 'cauchy', 'triton'.*'keops'"):
         dplr_kernel(**GOOD, backend="cuda")
 
 

@@ -30,7 +30,14 @@ def test_install_needs_torch_and_numpy_only():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
     needed = {re.match(r"[\w-]+", item)[0] for item in project["dependencies"]}
     assert needed == {"torch", "numpy"}
-    assert set(project["optional-dependencies"]) == {"train", "keops", "triton", "onnx", "book", "test"}
+    assert set(project["optional-dependencies"]) == {
+        "train",
+        "keops",
+        "triton",
+        "onnx",
+        "book",
+        "test",
+    }
 
 
 def test_the_pins_accept_the_oldest_python_that_is_promised():
