@@ -58,8 +58,10 @@ def fold_helpers(app, doctree):
 
 
 def api_address(app, docname: str, dotted: str) -> str:
-    """Return the relative address of an entry of the API page."""
-    return app.builder.get_relative_uri(docname, "book/api") + f"#{dotted}"
+    """Return the relative address of an entry of the API page; a constant's is its module's."""
+    module, _, name = dotted.rpartition(".")
+    entry = f"module-{module}" if name.isupper() else dotted
+    return app.builder.get_relative_uri(docname, "book/api") + f"#{entry}"
 
 
 def link_back(app, what, name, obj, options, lines):
