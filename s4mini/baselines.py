@@ -351,6 +351,7 @@ class TransformerLayer(nn.Module):
         self.wide = _dense(H, 4 * H, generator)
         self.narrow = _dense(4 * H, H, generator)
         if attention == "performer":
+            self.W: Tensor
             self.register_buffer("W", orthogonal_features(m, d, generator))
 
     def forward(self, u: Tensor) -> Tensor:
@@ -489,6 +490,10 @@ class PublishedKernel(nn.Module):
     Source: Gu et al. 2022a, algorithm 1; official S4 code; book/baselines.md.
     """
 
+    Lambda: Tensor
+    P: Tensor
+    B: Tensor
+
     def __init__(
         self,
         d_model: int,
@@ -504,16 +509,16 @@ class PublishedKernel(nn.Module):
         self.keops = keops
         self.log_dt = nn.Parameter(dt.log().float())
         self.C = nn.Parameter(C.contiguous())
-        for name, t in half_spectrum(nplr("legs", N))._asdict().items():
-            if name != "V":
-                t = torch.view_as_real(t.to(torch.complex64).resolve_conj())
-                setattr(self, name, nn.Parameter(t.repeat(H, *[1] * t.ndim)))
+        Lambda, P, B, _ = half_spectrum(nplr("legs", N))
+        for name, t in (("Lambda", Lambda), ("P", P), ("B", B)):
+            t = torch.view_as_real(t.to(torch.complex64).resolve_conj())
+            self.register_parameter(name, nn.Parameter(t.repeat(H, *[1] * t.ndim)))
 
     def forward(self, L: int) -> Tensor:
         """Return the kernels (H, L)."""
         parts = (self.Lambda, self.P, self.B, self.C)
-        system = [torch.view_as_complex(t) for t in parts]
-        return unit_circle_kernel(*system, self.log_dt.exp(), L, self.keops)
+        Lambda, P, B, C = (torch.view_as_complex(t) for t in parts)
+        return unit_circle_kernel(Lambda, P, B, C, self.log_dt.exp(), L, self.keops)
 
 
 class PlainBlock(nn.Module):
@@ -540,8 +545,8 @@ class PlainBlock(nn.Module):
     ) -> None:
         super().__init__()
         H = check_int("d_model", d_model)
-        is_tensor = isinstance(kernel, Tensor)
-        self.kernel = nn.Parameter(kernel) if is_tensor else kernel
+        kernel = nn.Parameter(kernel) if isinstance(kernel, Tensor) else kernel
+        self.kernel: nn.Module | Tensor = kernel
         self.D = nn.Parameter(torch.randn(H, generator=generator))
         self.mix = _dense(H, 2 * H, generator)
         self.norm = nn.LayerNorm(H)
@@ -549,8 +554,8 @@ class PlainBlock(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """Map u (B, L, H) to the same shape."""
         v, L = u.mT, u.shape[1]  # (B, H, L)
-        given = isinstance(self.kernel, Tensor)
-        K = self.kernel[:, :L] if given else self.kernel(L)
+        kernel = self.kernel
+        K = kernel[:, :L] if isinstance(kernel, Tensor) else kernel(L)
         y = torch.fft.rfft(v, n=2 * L) * torch.fft.rfft(K, n=2 * L)
         y = torch.fft.irfft(y, n=2 * L)[..., :L] + self.D[:, None] * v
         return self.norm(u + F.glu(self.mix(F.gelu(y).mT), dim=-1))

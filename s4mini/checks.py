@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from numbers import Real
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -259,7 +259,7 @@ def check_tensors(**arguments: tuple[Tensor, str]) -> dict[str, int]:
     return sizes
 
 
-def _check_argument(name: str, value: object, rule: str, sizes: dict):
+def _check_argument(name: str, value: Any, rule: str, sizes: dict) -> Any:
     """Examine one argument by its rule; return it, numbers as plain ones."""
     if rule == "positive":
         return check_positive(name, value)
@@ -306,7 +306,8 @@ def checked(**rules: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
         @functools.wraps(function)
         def examined(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            bound, sizes = signature.bind(*args, **kwargs), {}
+            bound = signature.bind(*args, **kwargs)
+            sizes: dict[str, int] = {}
             given = bound.arguments
             for name, rule in rules.items():
                 value = given.get(name, known[name].default)

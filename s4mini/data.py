@@ -24,7 +24,7 @@ from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
 from types import ModuleType
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple, Self, cast
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -84,6 +84,7 @@ class SequenceData:
         length: the length L of a sequence, in steps.
         mean, std: (channels,) over the training set, in the data's unit.
         labels: for each split, (n,) int64; empty in forecasting.
+        horizon: how many steps are to be forecast; None: labels are.
 
     Source: book/data.md.
     """
@@ -95,6 +96,7 @@ class SequenceData:
     mean: Tensor
     std: Tensor
     labels: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    horizon: int | None = None
 
     @property
     def task(self) -> str:
@@ -121,10 +123,10 @@ class SequenceData:
         _check_index(index, self.count(split))
         return self.draw(split, index)
 
-    def to(self, device: torch.device | str) -> "SequenceData":
+    def to(self, device: torch.device | str) -> Self:
         """Return the same data set on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: _on(v, device) for k, v in values.items()})
+        values = {f.name: _on(getattr(self, f.name), device) for f in fields(self)}
+        return replace(self, **values)
 
     def index(self) -> dict[str, Tensor]:
         """Return, for each split, something with an entry for each example."""
@@ -135,12 +137,12 @@ class SequenceData:
         raise NotImplementedError("each kind of data set reads its own")
 
 
-def _on(value: object, device: torch.device | str) -> object:
+def _on(value: Any, device: torch.device | str) -> Any:
     """Move a tensor, or those of a dictionary or a tuple, to a device."""
     if isinstance(value, dict):
         return {k: _on(v, device) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_on(v, device) for v in value)
+    if isinstance(value, Batch):
+        return Batch(*(_on(v, device) for v in value))
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -164,13 +166,12 @@ class TensorData(SequenceData):
     """A data set of ready tensors.
 
     Attributes:
-        tensors: for each split, u (n, L, channels), targets (n, ...), and
-            lengths (n,) or None.
+        tensors: for each split, all its examples in one batch.
 
     Source: book/data.md.
     """
 
-    tensors: dict[str, tuple[Tensor, Tensor, Tensor | None]] = field(repr=False)
+    tensors: dict[str, Batch] = field(repr=False)
 
     def index(self) -> dict[str, Tensor]:
         return {split: u for split, (u, *_) in self.tensors.items()}
@@ -178,11 +179,6 @@ class TensorData(SequenceData):
     def draw(self, split: str, index: Tensor) -> Batch:
         u, target, n = self.tensors[split]
         return Batch(u[index], target[index], None if n is None else n[index])
-
-    @property
-    def horizon(self) -> int | None:
-        """How many steps are to be forecast; None: labels are."""
-        return None if self.classes else self.tensors["train"][1].shape[1]
 
 
 def from_tensors(
@@ -209,13 +205,13 @@ def from_tensors(
     Source: book/data.md.
     """
     given = {"train": train, "validation": validation, "test": test}
-    splits = {s: (*p, None)[:3] for s, p in given.items() if p is not None}
-    for split, parts in splits.items():
-        _check_tensors(split, *parts, splits["train"][0].shape[1:])
+    splits = {s: Batch(*parts) for s, parts in given.items() if parts is not None}
+    for split, batch in splits.items():
+        _check_tensors(split, *batch, splits["train"].u.shape[1:])
     u, target, _ = splits["train"]
-    classes = ()
+    classes: tuple[str, ...] = ()
     if target.ndim == 1:
-        most = max(int(parts[1].max()) for parts in splits.values())
+        most = max(int(part.target.max()) for part in splits.values())
         classes = tuple(str(k) for k in range(most + 1))
     channels = u.shape[-1]
     return TensorData(
@@ -225,7 +221,8 @@ def from_tensors(
         length=u.shape[1],
         mean=torch.zeros(channels),
         std=torch.ones(channels),
-        labels={s: p[1] for s, p in splits.items()} if classes else {},
+        labels={s: p.target for s, p in splits.items()} if classes else {},
+        horizon=None if classes else target.shape[1],
         tensors=splits,
     )
 
@@ -621,8 +618,8 @@ def _unpack(archive: Path, names: tuple[str, ...], folder: Path) -> None:
                 if member.isfile() and name in missing:
                     if member.size > 2**28:
                         raise ValueError(f"{archive.name}: {name} is too large")
-                    content = tar.extractfile(member).read()
-                    (folder / name).write_bytes(content)
+                    content = cast(IO[bytes], tar.extractfile(member))  # of a file
+                    (folder / name).write_bytes(content.read())
                     missing.remove(name)
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{archive.name}: a broken archive: {error}") from error

@@ -38,12 +38,13 @@ def legs_eigenvectors(N: int) -> tuple[Tensor, Tensor]:
     N = check_int("N", N)
     if N > 512:
         raise ValueError(f"N: expected at most 512, got {N}")
-    V = [[float(comb(n + j, 2 * j)) for j in range(N)] for n in range(N)]
-    W = [[float(_ballot(j, k)) for k in range(N)] for j in range(N)]
+    rows = [[float(comb(n + j, 2 * j)) for j in range(N)] for n in range(N)]
+    inverse = [[float(_ballot(j, k)) for k in range(N)] for j in range(N)]
     n = torch.arange(N, dtype=torch.float64)
     sign, root = 1 - 2 * n.remainder(2), (2 * n + 1).sqrt()
-    V = torch.tensor(V, dtype=torch.float64) * (sign * root)[:, None]
-    return V, torch.tensor(W, dtype=torch.float64) * sign[:, None] / root
+    V = torch.tensor(rows, dtype=torch.float64) * (sign * root)[:, None]
+    W = torch.tensor(inverse, dtype=torch.float64) * sign[:, None] / root
+    return V, W
 
 
 def _ballot(j: int, k: int) -> int:

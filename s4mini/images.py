@@ -164,8 +164,7 @@ def raster(images: Tensor, gray: bool = False, size: int | None = None) -> Tenso
 def _check_images(images: Tensor) -> None:
     """Refuse what is not a batch of square uint8 images."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        kind = type(images).__name__
-        kind = images.dtype if isinstance(images, Tensor) else kind
+        kind = getattr(images, "dtype", type(images).__name__)
         raise TypeError(f"images: expected a uint8 tensor, got {kind}")
     shape = tuple(images.shape)
     if images.ndim != 4 or shape[1] != shape[2] or shape[3] not in (1, 3):
@@ -241,7 +240,8 @@ class ImageData(SequenceData):
 
 def _moments(images: Tensor, gray: bool, size: int) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each channel, float32."""
-    total, squares, count = 0.0, 0.0, 0
+    total = squares = torch.zeros((), dtype=torch.float64)
+    count = 0
     for part in images.split(5000):
         u = raster(part, gray, size).flatten(0, 1)
         total = total + u.sum(0, dtype=torch.float64)
@@ -302,12 +302,14 @@ _TEN = tuple("0123456789")
 _THINGS = "airplane automobile bird cat deer dog frog horse ship truck"
 
 
-def _four(arrays: list[np.ndarray]) -> list[dict[str, Tensor]]:
+def _four(arrays: list[np.ndarray]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Sort train images, train labels, test images, test labels."""
     tensors = [torch.from_numpy(np.array(a, order="C")) for a in arrays]
     images, labels = tensors[0::2], [y.long() for y in tensors[1::2]]
     splits = "train", "test"
-    return [dict(zip(splits, x, strict=True)) for x in (images, labels)]
+    return dict(zip(splits, images, strict=True)), dict(
+        zip(splits, labels, strict=True)
+    )
 
 
 def load_cifar10(

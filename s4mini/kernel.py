@@ -115,7 +115,7 @@ def _line_2(
 def _line_3(k: Tensor, x: Tensor, y: Tensor, tau: float) -> Tensor:
     """Return K_hat (..., M): take one column of P out at a time."""
     Y = torch.complex(y, tau / 2 * x)
-    rows = [row.unbind(-2) for row in k.unbind(-3)]  # each entry (..., M)
+    rows = [list(row.unbind(-2)) for row in k.unbind(-3)]  # each entry (..., M)
     while len(rows) > 1:
         *rows, last = rows
         pivot = Y / (1 + Y * last[-1])

@@ -23,7 +23,6 @@ from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
 from s4mini.projection import MEASURES
 from s4mini.recurrence import (
-    Increments,
     RealIncrements,
     advance,
     check_lengths,
@@ -131,6 +130,12 @@ class Systems(NamedTuple):
     C: Tensor
     dt: Tensor
 
+    def to(self, dtype: torch.dtype) -> "Systems":
+        """Return the same in another precision, named by its real dtype."""
+        P = None if self.P is None else self.P.to(COMPLEX[dtype])
+        Lambda, B, C = (v.to(COMPLEX[dtype]) for v in (self.Lambda, self.B, self.C))
+        return Systems(Lambda, P, B, C, self.dt.to(dtype))
+
 
 def _kernels(systems: Systems, L: int, method: str, backend: str) -> Tensor:
     """Return the kernels (H, L), or (2, H, L) of past and future."""
@@ -145,9 +150,9 @@ def _sampled_step(systems: Systems, method: str) -> RealIncrements:
     """Return the sampled systems, for steps in real coordinates."""
     Lambda, P, B, _, dt = systems
     if P is not None:
-        return in_real(increments(Lambda, P, B, dt))
+        return in_real(*increments(Lambda, P, B, dt))
     _, E, B_bar = (v.to(B.dtype) for v in sample(Lambda, B, dt, method))
-    return in_real(Increments(E, None, None, B_bar))
+    return in_real(E, None, None, B_bar)
 
 
 def _ends(systems: Systems, method: str, u, s, lengths) -> Tensor:
@@ -186,6 +191,14 @@ class Stepper(nn.Module):
     Source: book/layer.md.
     """
 
+    same: Tensor
+    other: Tensor
+    F: Tensor | None
+    G: Tensor | None
+    B_bar: Tensor
+    C: Tensor
+    D: Tensor
+
     def __init__(self, step: RealIncrements, C: Tensor, D: Tensor) -> None:
         super().__init__()
         for name, value in (*step._asdict().items(), ("C", C), ("D", D)):
@@ -205,7 +218,8 @@ class Stepper(nn.Module):
             TypeError: u or the state is not of the stepper's dtype.
             ValueError: a shape is wrong.
         """
-        _check_step(u, state, *self.C.shape, self.D.dtype)
+        H, N = self.C.shape
+        _check_step(u, state, H, N, self.D.dtype)
         step = RealIncrements(self.same, self.other, self.F, self.G, self.B_bar)
         v = u.to(self.D.dtype)
         state = advance(step, v, state)
@@ -263,13 +277,15 @@ def kernels_kept() -> Iterator[None]:
 
 def _recall(owner: nn.Module, key: tuple, make: Callable[[], Tensor]) -> Tensor:
     """Return make(), or what it gave for the same key and parameters."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _KEPT.get() is None:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return make()
+    if (store := _KEPT.get()) is None:
         return make()
     parameters = list(owner.parameters())
     if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
         return make()  # a function transform, or made without a count
     version = tuple((p.data_ptr(), p.dtype, p._version) for p in parameters)
-    kept = _KEPT.get().setdefault(owner, {})
+    kept = store.setdefault(owner, {})
     if key not in kept or kept[key][0] != version:
         kept[key] = version, make()
     return kept[key][1]
@@ -280,6 +296,11 @@ def _plainly(device: torch.device):
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _kept_apart(value: Tensor) -> Tensor:
+    """Return a tensor in full precision, on the CPU, without its past."""
+    return value.detach().cpu().to(torch.complex128)
 
 
 class S4Layer(nn.Module):
@@ -325,6 +346,16 @@ class S4Layer(nn.Module):
     Source: Gu et al. 2022a, section 3.4; Gu et al. 2022, S4D; book/layer.md.
     """
 
+    log_dt: Tensor
+    log_decay: Tensor
+    frequency: Tensor
+    P: Tensor | None
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    kind: Tensor
+    own: tuple[Tensor, Tensor | None, Tensor] | None
+
     def __init__(
         self,
         d_model: int,
@@ -355,15 +386,23 @@ class S4Layer(nn.Module):
         self.method = method or ("zoh" if diagonal else "bilinear")
         self.backend, self.dts, self.own = backend, (dt_min, dt_max), None
         n, rows = d_state // 2, 1 if tied else H
-        shapes = {"log_dt": (H,), "log_decay": (rows, n), "frequency": (rows, n)}
-        shapes["P"] = None if diagonal else (rows, n, 1 + (measure == "legt"), 2)
-        shapes["B"] = rows, n, 2
-        shapes["C"] = (2, H, n, 2) if bidirectional else (H, n, 2)
-        shapes["D"] = (H,)
+        shapes: dict[str, tuple[int, ...] | None] = {
+            "log_dt": (H,),
+            "log_decay": (rows, n),
+            "frequency": (rows, n),
+            "P": None if diagonal else (rows, n, 1 + (measure == "legt"), 2),
+            "B": (rows, n, 2),
+            "C": (2, H, n, 2) if bidirectional else (H, n, 2),
+            "D": (H,),
+        }
         for name, shape in shapes.items():
-            value = shape and torch.empty(shape, device=device, dtype=dtype)
+            blank = (
+                None
+                if shape is None
+                else torch.empty(shape, device=device, dtype=dtype)
+            )
             self.register_parameter(
-                name, value if value is None else nn.Parameter(value)
+                name, None if blank is None else nn.Parameter(blank)
             )
         self.register_buffer("kind", torch.empty(2, device=device, dtype=dtype))
         self.reset_parameters(generator)
@@ -374,8 +413,9 @@ class S4Layer(nn.Module):
         n, (dt_min, dt_max) = self.d_state // 2, self.dts
         with torch.device("cpu"):
             dt = init_dt(self.d_model, dt_min, dt_max, generator)
-            drawn = {"dtype": torch.complex128, "generator": generator}
-            C = torch.randn(self.C.shape[:-1], **drawn)
+            C = torch.randn(
+                self.C.shape[:-1], dtype=torch.complex128, generator=generator
+            )
             D = torch.randn(self.d_model, dtype=torch.float64, generator=generator)
             Lambda, P, B = self.own or _first_modes(self.measure, 2 * n, generator)
             kind = torch.tensor(self._codes())
@@ -385,7 +425,7 @@ class S4Layer(nn.Module):
         self.frequency.copy_(Lambda.imag)
         self.D.copy_(D)
         for own, value in ((self.P, P), (self.B, B), (self.C, C)):
-            if own is not None:
+            if own is not None and value is not None:
                 own.copy_(torch.view_as_real(value.resolve_conj()))
 
     def extra_repr(self) -> str:
@@ -405,14 +445,11 @@ class S4Layer(nn.Module):
         wide = torch.promote_types(self.D.dtype, torch.float32)
         decay = self.log_decay.to(wide).exp()
         Lambda = torch.complex(-decay, self.frequency.to(wide))
-        P, B, C = (
-            v if v is None else torch.complex(*v.to(wide).unbind(-1))
-            for v in (self.P, self.B, self.C)
-        )
-        Lambda, P, B = (
-            v if v is None else v.expand(self.d_model, *v.shape[1:])
-            for v in (Lambda, P, B)
-        )
+        B, C = (torch.complex(*v.to(wide).unbind(-1)) for v in (self.B, self.C))
+        P = None
+        if self.P is not None:
+            P = torch.complex(*self.P.to(wide).unbind(-1)).expand(self.d_model, -1, -1)
+        Lambda, B = Lambda.expand(self.d_model, -1), B.expand(self.d_model, -1)
         return Systems(Lambda, P, B, C, self.log_dt.to(wide).exp() * rate)
 
     def kernel(self, L: int, rate: float = 1.0) -> Tensor:
@@ -461,8 +498,10 @@ class S4Layer(nn.Module):
         self.check_input(u, state, lengths)
         if u.ndim == 2:
             s = state if state is None else state[None]
-            found = self.forward(u[None], s, None, rate, return_state=return_state)
-            return tuple(v[0] for v in found) if return_state else found[0]
+            if not return_state:
+                return self.forward(u[None], s, None, rate, return_state=False)[0]
+            y, s = self.forward(u[None], s, None, rate)
+            return y[0], s[0]
         K = self.kernel(u.shape[1], rate)
         with _plainly(u.device):
             v = u.to(K.dtype)
@@ -503,17 +542,11 @@ class S4Layer(nn.Module):
         """Return the step as the layer is now, prepared for many samples."""
         self._check_causal()
         systems = self.system(rate)
-        dtype, wide = systems.dt.dtype, finest(self.D.device)
-        kinds = (COMPLEX[wide],) * 4 + (wide,)
-        fine = (
-            v if v is None else v.to(k) for v, k in zip(systems, kinds, strict=True)
+        dtype, fine = systems.dt.dtype, systems.to(finest(self.D.device))
+        step = _sampled_step(fine, self.method).to(dtype)
+        return Stepper(
+            step, to_row(fine.C).to(dtype), self.D.detach().to(dtype).clone()
         )
-        step = _sampled_step(fine := Systems(*fine), self.method)
-        *step, C = (
-            v if v is None else v.to(dtype).contiguous()
-            for v in (*step, to_row(fine.C))
-        )
-        return Stepper(RealIncrements(*step), C, self.D.to(dtype, copy=True))
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return A (H, N, N), B (H, N), C (H, N) in real coordinates.
@@ -586,13 +619,8 @@ class S4Layer(nn.Module):
         if P is not None:
             shape = rows, *P.shape[-2:], 2
             layer.P = nn.Parameter(layer.B.new_empty(shape))
-        layer.measure, layer.own = (
-            "own",
-            tuple(
-                v if v is None else v.detach().cpu().to(torch.complex128)
-                for v in (Lambda, P, B)
-            ),
-        )
+        own_P = None if P is None else _kept_apart(P)
+        layer.measure, layer.own = "own", (_kept_apart(Lambda), own_P, _kept_apart(B))
         layer.to_empty(device=wanted[0] or torch.get_default_device())
         layer.reset_parameters(wanted[1])
         return layer

@@ -52,7 +52,12 @@ def _median(values: list[int]) -> int:
     return (values[half] + values[-half - 1]) // 2
 
 
-_RULES = {10: min, 11: max, 12: _median, 13: lambda values: sum(values) % 10}
+_RULES: dict[int, Callable[[list[int]], int]] = {
+    10: min,
+    11: max,
+    12: _median,
+    13: lambda values: sum(values) % 10,
+}
 
 
 def evaluate_listops(symbols: Sequence[int]) -> int:
@@ -353,7 +358,7 @@ def _place(
     return z[0] if len(z) else None
 
 
-def _near(distance: np.ndarray, dots: Sequence[complex]) -> np.ndarray:
+def _near(distance: np.ndarray, dots: np.ndarray) -> np.ndarray:
     """Return the distance to curves, or to places for dots, if that is less."""
     return np.minimum(distance, abs(_PIXELS - dots).min(axis=1) - _DOT)
 
@@ -362,17 +367,16 @@ def _two_curves(
     rng: np.random.RandomState,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draw curves a and b, and the distance of each pixel to all curves."""
-    b = None
-    while b is None:
+    while True:
         a = _place(rng, 9, np.full(_SIDE**2, np.inf))
         if a is None:
             continue
         distance, dots = _distance(a), a[[0, -1]]
         around = a[0] + abs(a[-1] - a[0]) * np.exp(2j * np.pi * rng.rand(64))
         b = _place(rng, 9, _near(distance, dots), around)
-        if b is not None and abs(b[0] - a).min() < _ROOM + _DOT:
-            b = None
-    distance, dots = np.minimum(distance, _distance(b)), [*dots, b[0]]
+        if b is not None and abs(b[0] - a).min() >= _ROOM + _DOT:
+            break
+    distance, dots = np.minimum(distance, _distance(b)), np.append(dots, b[0])
     for _ in range(6):
         other = _place(rng, 4, _near(distance, dots))
         if other is not None:

@@ -308,7 +308,8 @@ def to_official(layer: S4Layer, l_max: int | None = None) -> dict[str, Tensor]:
     """
     if l_max is not None and l_max < 1:
         raise ValueError(f"l_max: expected None or an integer >= 1, got {l_max}")
-    Lambda, P, B, C, dt = (v if v is None else v.detach() for v in layer.system())
+    with torch.no_grad():
+        Lambda, P, B, C, dt = layer.system()
     # The kept half is free: where a frequency is positive, keep its conjugate.
     flip = Lambda.imag > 0
     Lambda, B, C = (torch.where(flip, v.conj(), v) for v in (Lambda, B, C))

@@ -93,8 +93,8 @@ def domain(measure: str, t: float) -> tuple[float, float]:
     """
     check_choice("measure", measure, MEASURES)
     check_positive("t", t)
-    if torch.as_tensor(t).ndim:
-        raise ValueError(f"t: expected one number, got {tuple(t.shape)}")
+    if shape := tuple(torch.as_tensor(t).shape):
+        raise ValueError(f"t: expected one number, got {shape}")
     t = float(t)
     return {"legs": 0.0, "lagt": -math.inf}.get(measure, t - 1), t
 

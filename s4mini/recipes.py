@@ -330,5 +330,4 @@ def sizes_of(data: SequenceData) -> dict[str, int | None]:
     Source: book/recipes.md.
     """
     outputs = len(data.classes) or data.channels
-    horizon = None if data.task == "classify" else data.horizon
-    return {"channels": data.channels, "outputs": outputs, "horizon": horizon}
+    return {"channels": data.channels, "outputs": outputs, "horizon": data.horizon}

@@ -17,7 +17,6 @@ from s4mini.kernel import dplr_kernel
 
 __all__ = [
     "apply",
-    "Increments",
     "increments",
     "check_broadcast",
     "dplr_step",
@@ -53,31 +52,13 @@ def apply(Lambda: Tensor, P: Tensor, x: Tensor) -> Tensor:
     return Lambda * x - (P * q[..., None, :]).sum(-1)
 
 
-class Increments(NamedTuple):
-    """A sampled system as the change that one step makes.
+def increments(
+    Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sample a half-spectrum DPLR system: what one bilinear step changes.
 
-    A step is x + E x - F 2 Re(G x) + B_bar u. Without a low-rank term F and
-    G are None.
-
-    Attributes:
-        E: (..., n) the diagonal part of A_bar - I.
-        F: (..., n, r) and
-        G: (..., r, n) the factors of its low-rank part.
-        B_bar: (..., n) the sampled input vector.
-
-    Source: book/recurrence.md.
-    """
-
-    E: Tensor
-    F: Tensor | None
-    G: Tensor | None
-    B_bar: Tensor
-
-
-def increments(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> Increments:
-    """Sample a half-spectrum DPLR system by the bilinear rule.
-
-    Values are not examined, so that nothing waits for a device.
+    A step is x + E x - F 2 Re(G x) + B_bar u. Values are not examined, so that
+    nothing waits for a device.
 
     Args:
         Lambda: (..., n) eigenvalues, one of each conjugate pair, in 1/time.
@@ -86,7 +67,9 @@ def increments(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> Increments:
         dt: (...) step, in the same unit of time, > 0.
 
     Returns:
-        E (..., n), F (..., n, r), G (..., r, n), B_bar (..., n).
+        E (..., n) the diagonal part of A_bar - I, F (..., n, r) and
+        G (..., r, n) the factors of its low-rank part, and B_bar (..., n) the
+        sampled input vector.
 
     Source: Gu et al. 2022a, theorem 2; book/recurrence.md.
     """
@@ -98,7 +81,7 @@ def increments(Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> Increments:
     F = step * R[..., None] * (P @ torch.linalg.inv_ex(small)[0].to(P))
     w = dt[..., None] * B
     B_bar = R * w - (F @ (G @ w[..., None]).real.to(F))[..., 0]
-    return Increments(z * R, F, G, B_bar)
+    return z * R, F, G, B_bar
 
 
 def _check_system(Lambda, P, B, C, dt, **batches) -> Tensor:
@@ -240,21 +223,29 @@ class RealIncrements(NamedTuple):
     G: Tensor | None
     B_bar: Tensor
 
+    def to(self, dtype: torch.dtype) -> "RealIncrements":
+        """Return the same in another dtype."""
+        F, G = (v if v is None else v.to(dtype) for v in (self.F, self.G))
+        same, other, B_bar = (v.to(dtype) for v in (self.same, self.other, self.B_bar))
+        return RealIncrements(same, other, F, G, B_bar)
 
-def in_real(step: Increments) -> RealIncrements:
+
+def in_real(
+    E: Tensor, F: Tensor | None, G: Tensor | None, B_bar: Tensor
+) -> RealIncrements:
     """Write increments of a half spectrum in real coordinates.
 
     Args:
-        step: from increments, or of a diagonal system.
+        E, F, G, B_bar: as increments returns them; a diagonal system has
+            None for F and G.
 
     Returns:
         The same, N = 2n.
 
     Source: book/recurrence.md.
     """
-    E, F, G, B_bar = step
     same, other = torch.cat((E.real,) * 2, -1), torch.cat((-E.imag, E.imag), -1)
-    if F is not None:
+    if F is not None and G is not None:
         F, G = to_real(F.mT), to_row(G)
     return RealIncrements(same, other, F, G, to_real(B_bar))
 
@@ -273,7 +264,7 @@ def advance(step: RealIncrements, u: Tensor, s: Tensor) -> Tensor:
     Source: book/recurrence.md.
     """
     d = step.B_bar * u[..., None]
-    if step.F is not None:
+    if step.F is not None and step.G is not None:
         for F, G in zip(step.F.unbind(-2), step.G.unbind(-2), strict=True):
             d = torch.addcmul(d, F, (G * s).sum(-1, keepdim=True), value=-1)
     d = torch.addcmul(d, step.same, s)
@@ -342,7 +333,8 @@ def _difference(step: RealIncrements) -> Tensor:
     n = step.same.shape[-1] // 2
     turn = torch.diag_embed(step.same[..., :n]), torch.diag_embed(step.other[..., n:])
     top = torch.cat((turn[0], -turn[1]), -1)
-    return torch.cat((top, torch.cat(turn[::-1], -1)), -2) - step.F.mT @ step.G
+    E = torch.cat((top, torch.cat(turn[::-1], -1)), -2)
+    return E if step.F is None or step.G is None else E - step.F.mT @ step.G
 
 
 def _powers(step: RealIncrements, count: int) -> list[Tensor]:
@@ -457,8 +449,7 @@ def check_lengths(lengths: Tensor, L: int) -> None:
     """
     kinds = (torch.int32, torch.int64)
     if not isinstance(lengths, Tensor) or lengths.dtype not in kinds:
-        kind = type(lengths).__name__
-        kind = lengths.dtype if isinstance(lengths, Tensor) else kind
+        kind = getattr(lengths, "dtype", type(lengths).__name__)
         raise TypeError(
             f"lengths: expected a torch.Tensor of int64 or int32, got {kind}"
         )
@@ -511,7 +502,7 @@ def final_state(
         check_lengths(lengths, L)
         batches["lengths"] = lengths.shape
     dt = _check_system(Lambda, P, B, B, dt, **batches)
-    step = in_real(increments(Lambda, P, B, dt))
+    step = in_real(*increments(Lambda, P, B, dt))
     s = None if x0 is None else to_real(x0)[..., None, :]
     lengths = None if lengths is None else lengths[..., None]
     return to_half(state_after(step, u[..., None, :], s, lengths)[..., 0, :])

@@ -17,7 +17,7 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 from types import ModuleType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -302,7 +302,10 @@ def _read_note(path: Path, text: str | None) -> dict:
 _DAMAGE = AttributeError, KeyError, RecursionError, TypeError, ValueError
 
 
-def _load(kind: type[Savable], folder: Path) -> Savable:
+_S = TypeVar("_S", bound=Savable)
+
+
+def _load(kind: type[_S], folder: Path) -> _S:
     """Make a module from the folder that it was saved to."""
     path, library = folder / WEIGHTS, _optional("safetensors")
     if not path.is_file():

@@ -109,8 +109,8 @@ def krylov_tables(
 
     Source: book/tables.md.
     """
-    wide = (t.to(torch.complex128) for t in (Lambda, P, B))
-    d, F, G, B_bar = _increments(*wide, dt.double())
+    wide = torch.complex128
+    d, F, G, B_bar = _increments(Lambda.to(wide), P.to(wide), B.to(wide), dt.double())
     tables = real_columns(B_bar), real_columns(F), real_rows(G)
     X, V, W = (t.to(dt.dtype) for t in tables)
     for _ in range(M.bit_length() - 1):

@@ -213,7 +213,7 @@ def test_prepared_step(r):
     for dtype, tolerance in TOLERANCE.items():
         Lambda, P, B, C, x = system(8, r, dtype, batch=(3,))
         dt = torch.tensor([0.01, 0.1, 2.0], dtype=dtype)
-        prepared = in_real(increments(Lambda, P, B, dt))
+        prepared = in_real(*increments(Lambda, P, B, dt))
         assert prepared.F.shape == prepared.G.shape == (3, r, 8)
         u = torch.randn(5, 3, dtype=dtype, generator=torch.Generator().manual_seed(2))
         truth = x.expand(5, 3, 4)
