@@ -17,7 +17,7 @@ from torch import Tensor
 from s4mini.checks import check_choice, check_int, check_tensors
 from s4mini.generating import check_batch
 
-__all__ = ["nodes", "damp", "cauchy_naive", "cauchy", "keops_available"]
+__all__ = ["nodes", "damp", "cauchy", "keops_available"]
 
 
 def nodes(
@@ -75,58 +75,9 @@ def damp(Lambda: Tensor, v: Tensor, L: int) -> tuple[Tensor, Tensor]:
     L = check_int("L", L)
     check_tensors(Lambda=(Lambda, "... n"), v=(v, "... n"))
     check_batch(Lambda=Lambda.shape[:-1], v=v.shape[:-1])
-    return _damp(Lambda, v, L)
-
-
-def _damp(Lambda: Tensor, v: Tensor, L: int) -> tuple[Tensor, Tensor]:
-    """Do the work of damp; nothing is examined."""
     tau = math.tanh(0.5 / L)
     factor = 1 / (1 - tau / 2 * Lambda)
     return (Lambda - 2 * tau) * factor, v * factor
-
-
-def _checked(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Examine the arguments of a sum and give them one precision."""
-    check_tensors(
-        v=(v, "... k n"),
-        Lambda=(Lambda, "... n"),
-        x=(x, "real M"),
-        y=(y, "real M"),
-    )
-    kind = torch.promote_types(v.dtype, Lambda.dtype)
-    kind = torch.promote_types(kind, torch.promote_types(x.dtype, y.dtype))
-    kind = torch.promote_types(kind, torch.complex64)
-    real = kind.to_real()
-    check_batch(v=v.shape[:-2], Lambda=Lambda.shape[:-1])
-    return v.to(kind), Lambda.to(kind), x.to(real), y.to(real)
-
-
-def cauchy_naive(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Sum v / (i x - y Lambda) over conjugate pairs, in complex numbers.
-
-    Args:
-        v: (..., k, n) complex weights of k sums.
-        Lambda: (..., n) complex, one of each conjugate pair.
-        x: (M,) real.
-        y: (M,) real, of the same dtype as x.
-
-    Returns:
-        (..., k, M) complex: the sums over the n modes and their conjugates.
-
-    Raises:
-        TypeError: an argument is not a tensor of the kind above.
-        ValueError: shapes do not agree, or an entry is not finite.
-
-    Source: Gu et al. 2022a, algorithm 1, line 2; book/cauchy_sum.md.
-    """
-    return _cauchy_naive(*_checked(v, Lambda, x, y))
-
-
-def _cauchy_naive(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Do the work of cauchy_naive; nothing is examined."""
-    upper = v @ (1 / (1j * x - y * Lambda[..., None]))  # (..., n, M)
-    lower = v.conj() @ (1 / (1j * x - y * Lambda.conj()[..., None]))
-    return upper + lower
 
 
 def cauchy(
@@ -152,17 +103,25 @@ def cauchy(
 
     Source: Gu et al. 2022a, algorithm 1, line 2; book/cauchy_sum.md.
     """
-    arguments = _checked(v, Lambda, x, y)
+    check_tensors(
+        v=(v, "... k n"), Lambda=(Lambda, "... n"), x=(x, "real M"), y=(y, "real M")
+    )
+    check_batch(v=v.shape[:-2], Lambda=Lambda.shape[:-1])
     check_choice("backend", backend, ("torch", "keops"))
+    kind = torch.complex64
+    for given in (v, Lambda, x, y):  # the highest precision wins
+        kind = torch.promote_types(kind, given.dtype)
+    v, Lambda, real = v.to(kind), Lambda.to(kind), kind.to_real()
+    x, y = x.to(real), y.to(real)
     if backend == "torch":
-        return _cauchy(*arguments)
+        return _by_table(v, Lambda, x, y)
     if reason := keops_available():
         raise ValueError(f"backend: 'keops' cannot be used here: {reason}")
-    return _cauchy_keops(*arguments)
+    return _by_keops(v, Lambda, x, y)
 
 
-def _cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Do the work of cauchy; nothing is examined."""
+def _by_table(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Do the work of cauchy with one feature for each mode and node."""
     a, size = Lambda.real[..., None], Lambda.abs()[..., None]
     phi = 1 / torch.complex((y * size) ** 2 - x**2, -2 * a * (x * y))
     cross = (v * Lambda.conj()[..., None, :]).real
@@ -172,8 +131,8 @@ def _cauchy(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return 2 * (1j * x * re - y * cross)
 
 
-def _cauchy_keops(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Do the work of cauchy_naive by KeOps, which stores no table."""
+def _by_keops(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Do the work of cauchy by KeOps, which stores no table."""
     from pykeops.torch import LazyTensor
 
     k, n = v.shape[-2:]

@@ -14,46 +14,7 @@ from torch import Tensor
 
 from s4mini.checks import check_int, check_positive, check_tensors
 
-__all__ = ["generating_function", "roots", "power_row", "check_batch", "truncated_C"]
-
-
-def generating_function(
-    A_bar: Tensor, B_bar: Tensor, C: Tensor, L: int, z: Tensor
-) -> Tensor:
-    """Evaluate the kernel's truncated generating function.
-
-    Args:
-        A_bar: (N, N) state matrix, dimensionless.
-        B_bar: (N,) input vector.
-        C: (N,) output vector.
-        L: number of terms, >= 1.
-        z: (M,) points, none of them 1/eigenvalue of A_bar.
-
-    Returns:
-        (M,) complex: the sum of C A_bar^l B_bar z^l over l < L.
-
-    Raises:
-        TypeError: an argument is not a tensor of numbers, or L no integer.
-        ValueError: shapes do not agree, an entry is not finite, or L < 1.
-
-    Source: Gu et al. 2022a, lemma C.2; book/generating.md.
-    """
-    L = check_int("L", L)
-    check_tensors(A_bar=(A_bar, "N N"), B_bar=(B_bar, "N"), C=(C, "N"), z=(z, "M"))
-    kind = torch.promote_types(A_bar.dtype, torch.complex64)
-    kind = torch.promote_types(kind, z.dtype)
-    A_bar, B_bar, C, z = (t.to(kind) for t in (A_bar, B_bar, C, z))
-    power = C @ torch.linalg.matrix_power(A_bar, L)
-    cut = C - z[:, None] ** L * power  # (M, N): C (I - z^L A_bar^L)
-    eye = torch.eye(len(C), dtype=kind, device=C.device)
-    matrix = eye - z[:, None, None] * A_bar  # (M, N, N)
-    try:
-        states = torch.linalg.solve(matrix, B_bar.expand_as(cut))
-    except torch.linalg.LinAlgError:
-        raise ValueError(
-            "z: expected no point to be 1/eigenvalue of A_bar, got one"
-        ) from None
-    return (cut * states).sum(-1)
+__all__ = ["roots", "check_batch", "truncated_C"]
 
 
 def roots(
@@ -83,28 +44,6 @@ def roots(
     k = torch.arange(L // 2 + 1, dtype=torch.float64, device=device)
     theta = 2 * math.pi * k / L
     return torch.polar(torch.ones_like(theta), -theta).to(dtype)
-
-
-def power_row(E: Tensor, C: Tensor, L: int) -> Tensor:
-    """Return C (A_bar^L - I), given E = A_bar - I; nothing is examined.
-
-    Args:
-        E: (..., N, N) the state matrix less the identity, dimensionless.
-        C: (..., N) output vector, of the same dtype; axes are broadcast.
-        L: the power, >= 1.
-
-    Returns:
-        (..., N), in the units of C, without cancellation where E is small.
-
-    Source: book/generating.md.
-    """
-    C = C[..., None, :]
-    row = torch.zeros_like(C @ E) if L % 2 == 0 else C @ E
-    while L := L // 2:
-        E = 2 * E + E @ E  # A_bar^2 - I
-        if L % 2:
-            row = row + (C + row) @ E
-    return row[..., 0, :]
 
 
 def check_batch(**shapes: Sequence[int]) -> None:
@@ -154,4 +93,11 @@ def truncated_C(E: Tensor, C: Tensor, L: int, weight: float = 1.0) -> Tensor:
         raise ValueError(f"weight: expected a number in (0, 1], got {weight}")
     kind = torch.promote_types(E.dtype, C.dtype)
     E, C = E.to(kind), C.to(kind)
-    return (1 - weight) * C - weight * power_row(E, C, L)
+    row = C[..., None, :]  # one row of each matrix
+    power = torch.zeros_like(row @ E) if L % 2 == 0 else row @ E
+    n = L
+    while n := n // 2:
+        E = 2 * E + E @ E  # A_bar^2 - I
+        if n % 2:
+            power = power + (row + power) @ E
+    return (1 - weight) * C - weight * power[..., 0, :]
