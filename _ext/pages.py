@@ -6,7 +6,8 @@
 * One local copy of plotly.js serves every interactive figure.
 * A figure's ``alt`` text reaches its image, and figures without one are a warning.
 * Exported cells that define nothing public, only imports or private helpers, are folded.
-* A page describes itself to search engines and previews by its first paragraph.
+* A page describes itself to search engines and previews by its first paragraphs.
+* The repository's button is shown where the configuration says where that is.
 """
 
 import os
@@ -90,21 +91,44 @@ def offer_notebook(app, pagename, templatename, context, doctree):
 
 
 def describe(app, pagename, templatename, context, doctree):
-    """Describe the page by its first paragraph; do not repeat the book's title in a title."""
+    """Describe the page by its first paragraphs; do not repeat the book's title in a title."""
     if context.get("title") == context.get("docstitle"):
         context["theme_logo"] = (context.get("theme_logo") or {}) | {"text": context["docstitle"]}
         context["docstitle"] = ""
-    paragraph = doctree and next(doctree.findall(nodes.paragraph), None)
-    if not paragraph:
+    text = opening(doctree)
+    if not text:
         return
-    text = escape(" ".join(paragraph.astext().split()), quote=True)
-    title = escape(str(context.get("title", "")), quote=True)
-    context["metatags"] = (context.get("metatags") or "") + (
-        f'<meta name="description" content="{text}">\n'
-        f'<meta property="og:title" content="{title}">\n'
-        f'<meta property="og:description" content="{text}">\n'
-        '<meta property="og:type" content="article">\n'
+    described = {
+        "description": text,
+        "og:title": str(context.get("title", "")),
+        "og:description": text,
+        "og:type": "article",
+        "og:site_name": app.config.project,
+    }
+    if site := app.config.html_baseurl:  # previews want whole addresses
+        described["og:url"] = f"{site.rstrip('/')}/{pagename}.html"
+        described["og:image"] = f"{site.rstrip('/')}/_static/readme.png"
+    context["metatags"] = (context.get("metatags") or "") + "".join(
+        f'<meta {"property" if ":" in name else "name"}="{name}" '
+        f'content="{escape(value, quote=True)}">\n'
+        for name, value in described.items()
     )
+
+
+def opening(doctree, enough: int = 60) -> str:
+    """Return a page's first paragraphs as plain text, as many as say enough."""
+    text = ""
+    for paragraph in doctree.findall(nodes.paragraph) if doctree else ():
+        text = f"{text} {' '.join(paragraph.astext().split())}".strip()
+        if len(text) >= enough:
+            break
+    return text
+
+
+def offer_repository(app, config):
+    """Show the repository's button where the configuration says where that is."""
+    options = config.html_theme_options
+    options["use_repository_button"] = bool(options.get("repository_url"))
 
 
 def plain_citations(app, pagename, templatename, context, doctree):
@@ -142,6 +166,7 @@ def check_alt(app, doctree):
 
 def setup(app):
     os.environ["S4MINI_BOOK_BUILD"] = "1"  # inherited by the kernels: see book/figures.md
+    app.connect("config-inited", offer_repository, priority=900)
     app.connect("doctree-resolved", add_badges)
     app.connect("doctree-read", check_alt)
     app.connect("doctree-read", fold_helpers)

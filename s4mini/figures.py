@@ -6,19 +6,34 @@ and the recorded measurements that tables are built from.
 Tangled from book/figures.md.
 """
 
+import base64
+import io
 import json
 import os
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import plotly.graph_objects as go
+import torch
 from IPython.display import HTML
+from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from plotly.utils import PlotlyJSONEncoder
+from torch import Tensor
 
 import s4mini
+from s4mini.checks import check_tensors
 
-__all__ = ["COLORS", "use_style", "take_controls", "show", "recorded"]
+__all__ = [
+    "COLORS",
+    "use_style",
+    "take_controls",
+    "show",
+    "packed",
+    "playable",
+    "recorded",
+]
 
 #: Eight colours that colour-blind readers can tell apart, by name.
 COLORS = {
@@ -127,6 +142,56 @@ def show(figure: go.Figure, height: int = 420) -> HTML | go.Figure:
     )
     data = f'<script type="application/json">{controls}</script>'
     return HTML(f'<div class="interactive">{drawing}{data}</div>')
+
+
+def packed(X: Tensor) -> str:
+    """Write a tensor's numbers as base64 of little-endian float32.
+
+    Args:
+        X: real, of any shape; the shape itself is not written.
+
+    Returns:
+        Sixteen characters for three numbers, the last axis running fastest.
+
+    Raises:
+        TypeError: X is not a real floating tensor.
+        ValueError: an entry is not finite.
+
+    Source: book/figures.md.
+    """
+    check_tensors(X=(X, "real ..."))
+    numbers = X.detach().cpu().to(torch.float32).numpy()
+    return base64.b64encode(numbers.astype("<f4").tobytes()).decode()
+
+
+def playable(name: str, data: dict, still: Figure, alt: str) -> HTML:
+    """Return a still picture that a script of the site brings to life.
+
+    Args:
+        name: of the script, book/_static/NAME.js; it fills the element
+            whose `data-playable` is this name.
+        data: what the script needs, as values that JSON knows.
+        still: what is seen without the script; closed afterwards.
+        alt: the picture in words.
+
+    Returns:
+        HTML with the picture alone outside the book's build.
+
+    Source: book/figures.md.
+    """
+    file = io.BytesIO()
+    still.savefig(file, format="svg", metadata={"Date": None})
+    plt.close(still)
+    picture = base64.b64encode(file.getvalue()).decode()
+    shown = f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{picture}">'
+    if not os.environ.get("S4MINI_BOOK_BUILD"):
+        return HTML(shown)
+    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    return HTML(
+        f'<div class="playable" data-playable="{escape(name)}">{shown}'
+        f'<script type="application/json">{text}</script></div>'
+        f'<script defer src="../_static/{escape(name)}.js"></script>'
+    )
 
 
 def recorded(name: str) -> dict | None:

@@ -5,9 +5,10 @@ import json
 import matplotlib.pyplot as plt
 import plotly.graph_objects as go
 import pytest
+import torch
 
 import s4mini
-from s4mini.figures import COLORS, recorded, show, take_controls, use_style
+from s4mini.figures import COLORS, packed, playable, recorded, show, take_controls, use_style
 
 
 @pytest.fixture
@@ -69,3 +70,22 @@ def test_still_figures_have_no_ground():
     figure, axes = plt.subplots()
     assert figure.get_facecolor()[3] == 0 and axes.get_facecolor()[3] == 0
     plt.close(figure)
+
+
+def test_packed_numbers_are_little_endian_floats():
+    assert packed(torch.tensor([1.0, -2.0], dtype=torch.float64)) == "AACAPwAAAMA="
+    X = torch.arange(6.0).view(2, 3)
+    assert packed(X.T) == packed(torch.tensor([0.0, 3, 1, 4, 2, 5]))
+    with pytest.raises(TypeError, match="X: expected a floating"):
+        packed(X * 1j)
+
+
+def test_a_playable_is_a_picture_with_data_behind_it(monkeypatch):
+    monkeypatch.setenv("S4MINI_BOOK_BUILD", "1")
+    page = playable("toy", {"end": "</script>"}, plt.figure(), 'A "toy" & more.').data
+    assert page.count("<script") == page.count("</script") == 2  # the data do not end early
+    assert 'alt="A &quot;toy&quot; &amp; more."' in page and 'src="../_static/toy.js"' in page
+    assert not plt.get_fignums()
+    monkeypatch.delenv("S4MINI_BOOK_BUILD")
+    page = playable("toy", {"end": 1}, plt.figure(), "A toy.").data
+    assert "<script" not in page and page.startswith("<img")

@@ -17,8 +17,11 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+import torch
 from playwright.sync_api import sync_playwright
 
+from s4mini.discretization import discretize
+from s4mini.projection import hippo, reconstruct
 from tools.tangle import chapters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -356,6 +359,98 @@ def test_search(windows, site, size):
         found = page.locator("#search-results li a").evaluate_all("all => all.map(a => a.href)")
     assert any("/book/" in address for address in found)
     assert not wrong, "\n".join(wrong)
+
+
+# What the reader plays with: the numbers of the browser are those of Python.
+
+MEMORIES = {
+    "evenly": ("legs", None),
+    "fading": ("legs", 3),
+    "window": ("legt", 1),
+    "waves": ("fout", 1),
+}
+HEAR = """
+([name, N, window, signal]) => {
+  const { memories } = handedOver(document.querySelector("[data-playable=remember]"));
+  const memory = new Memory(memories[name], N, window);
+  for (const u of signal) memory.hear(u);
+  return { x: [...memory.x], recalled: [...memory.recall()] };
+}
+"""
+
+
+def remembered(name, N, window, signal):
+    """Return what the memory holds, and draws back, by s4mini alone."""
+    (measure, span), x = MEMORIES[name], torch.zeros(N, dtype=torch.float64)
+    A, B = hippo(measure, N)
+    A_bar, B_bar = discretize(A, B, 1 / window)
+    for k, u in enumerate(signal):
+        if span is None:
+            A_bar, B_bar = discretize(A, B, 1 / (k + 0.5))
+        x = A_bar @ x + B_bar * u
+    ages = torch.linspace(1, 0, 128, dtype=torch.float64)
+    return x, reconstruct(measure, x, 1.0, torch.exp(-span * ages) if span == 3 else 1 - ages)
+
+
+@pytest.fixture(scope="module")
+def front(windows, site):
+    """The front page, opened once."""
+    with opened(windows["desktop"], f"{site}book/intro.html") as (page, wrong):
+        page.wait_for_selector(".playable canvas")
+        yield page
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize("N", [2, 8, 32])
+def test_the_memory_of_the_front_page_is_that_of_python(front, name, N):
+    signal = torch.randn(400, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    signal = signal.cumsum(0) / 20
+    found = front.evaluate(HEAR, [name, N, 150, signal.tolist()])
+    for got, expected in zip(
+        found.values(), remembered(name, N, 150, signal.tolist()), strict=True
+    ):
+        gap = (torch.tensor(got, dtype=torch.float64) - expected).abs().max()
+        assert gap < 1e-5 * expected.abs().max()
+
+
+def test_the_memory_obeys_keys_and_hand(browser, site):
+    with browser.new_context(
+        reduced_motion="reduce", viewport={"width": 390, "height": 844}
+    ) as window:
+        with opened(window, f"{site}book/intro.html") as (page, wrong):
+            canvas = page.locator(".playable canvas")
+            value = functools.partial(canvas.get_attribute, "aria-valuenow")
+            assert page.get_by_role(
+                "button", name="Play", exact=True
+            ).is_visible()  # it stands still
+            canvas.focus()
+            for key in ("Home", "ArrowUp"):
+                page.keyboard.press(key)
+            page.wait_for_function("v => document.activeElement.ariaValueNow == v", arg="-90")
+            assert page.get_by_role("button", name="Stop", exact=True).is_visible()
+            page.keyboard.press(" ")
+            assert page.get_by_role("button", name="Play", exact=True).is_visible()
+            page.get_by_label("It keeps").select_option("4")
+            assert "keeps 4 numbers" in page.locator(".said").text_content()
+            page.get_by_label("numbers of").select_option("evenly")
+            assert page.get_by_label("on a timescale of").is_disabled()  # it needs none
+            box = canvas.bounding_box()
+            page.mouse.move(box["x"] + 100, box["y"] + 20)
+            page.mouse.down()
+            page.wait_for_function("() => +document.querySelector('canvas').ariaValueNow > 50")
+            page.mouse.up()
+            assert page.get_by_label("It hears").input_value() == "your hand" and value()
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["intro"])
+def test_without_scripts_there_is_a_still_picture(browser, site, name):
+    with browser.new_context(java_script_enabled=False) as window:
+        page = window.new_page()
+        page.goto(f"{site}book/{name}.html")
+        assert page.locator(".playable img").is_visible()
+        assert not page.locator(".playable canvas").count()
 
 
 # Do the checks bite? One defect a page, and a page without any.
