@@ -103,7 +103,7 @@ def describe(app, pagename, templatename, context, doctree):
         "og:title": str(context.get("title", "")),
         "og:description": text,
         "og:type": "article",
-        "og:site_name": app.config.project,
+        "og:site_name": app.config.html_title,
     }
     if site := app.config.html_baseurl:  # previews want whole addresses
         described["og:url"] = f"{site.rstrip('/')}/{pagename}.html"

@@ -1,8 +1,7 @@
 """s4mini: structured state space models, from the book that derives them.
 
-A book that starts with x' = Ax + Bu and ends with a network trained on real
-images, in which every formula runs, and the small library that is woven from
-it.
+HiPPO, S4 and deep learning on long sequences: from x' = Ax + Bu to a network
+trained on real data, in a book whose every formula runs.
 
     >>> import torch
     >>> from s4mini import S4Layer

@@ -236,6 +236,12 @@ def test_cell_options_that_are_not_yaml(book):
     assert "Invalid YAML" in refused(book, "options")
 
 
+def test_a_box_above_the_summary_is_left_out(book):
+    book.page("boxed", "x = 1", summary=":::{div} question\nWhy?\n:::\n\nBecause.")
+    book.toc("boxed").run()
+    assert book.module("boxed").splitlines()[2] == "Because."
+
+
 @pytest.mark.parametrize("summary", ["", r"Maths such as $\R$.", 'A """quotation""".'])
 def test_a_summary_that_cannot_be_a_docstring(book, summary):
     book.page("summary", "x = 1", summary=summary)

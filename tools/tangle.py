@@ -62,10 +62,11 @@ def chapters(root: Path) -> list[Path]:
 
 
 def title_and_summary(notebook) -> tuple[str, str]:
-    """Return the first heading and the paragraph below it."""
+    """Return the first heading and the paragraph below it, boxes (:::) left out."""
     text = next((c.source for c in notebook.cells if c.cell_type == "markdown"), "")
     _, _, text = f"\n{text}".partition("\n# ")
     title, _, below = text.partition("\n")
+    below = re.sub(r"^:::+\{.*?^:::+$", "", below, flags=re.DOTALL | re.MULTILINE)
     return title.strip(), " ".join(below.strip().split("\n\n")[0].split())
 
 
