@@ -105,11 +105,13 @@ def take_controls(figure: go.Figure) -> str:
     return json.dumps(controls, cls=PlotlyJSONEncoder).replace("</", "<\\/")
 
 
-def show(figure: go.Figure, height: int = 420) -> HTML | go.Figure:
+def show(figure: go.Figure, alt: str, height: int = 420) -> HTML | go.Figure:
     """Return a plotly figure in the form that this page can display.
 
     Args:
         figure: the figure; its margins, legend, colours and height are set.
+        alt: what is seen, for those who do not see it; as the alternative
+            text of a still figure.
         height: in pixels.
 
     Returns:
@@ -138,10 +140,16 @@ def show(figure: go.Figure, height: int = 420) -> HTML | go.Figure:
         include_plotlyjs="../_static/plotly.min.js",
         include_mathjax=False,
         auto_play=False,
-        config={"displayModeBar": False, "responsive": True},
+        config={
+            "displayModeBar": False,
+            "doubleClick": False,
+            "responsive": True,
+            "scrollZoom": False,
+        },
     )
+    picture = f'<div role="img" aria-label="{escape(alt)}">{drawing}</div>'
     data = f'<script type="application/json">{controls}</script>'
-    return HTML(f'<div class="interactive">{drawing}{data}</div>')
+    return HTML(f'<div class="interactive">{picture}{data}</div>')
 
 
 def packed(X: Tensor) -> str:

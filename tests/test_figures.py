@@ -38,9 +38,10 @@ def test_a_measurement_is_returned_whole(results):
 def test_interactive_figures_ask_no_other_host(monkeypatch):
     figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1]))
     monkeypatch.delenv("S4MINI_BOOK_BUILD", raising=False)
-    assert show(figure) is figure
+    assert show(figure, "a line") is figure
     monkeypatch.setenv("S4MINI_BOOK_BUILD", "1")
-    page = show(figure).data
+    page = show(figure, 'a line "up"').data
+    assert 'role="img" aria-label="a line &quot;up&quot;"' in page
     assert 'src="../_static/plotly.min.js"' in page
     assert "cdn" not in page and len(page) < 20_000
     assert list(figure.layout.colorway) == list(COLORS.values())

@@ -90,10 +90,16 @@ async () => {
       found.push("image without alt text: " + show(image));
   }
 
-  // Interactive figures: drawn.
+  // Interactive figures: drawn, described, with a number and a caption.
   const drawn = (plot) => plot.querySelector(".main-svg")?.getBoundingClientRect().height > 50;
   for (const plot of all(".plotly-graph-div"))
     if (!(await until(() => drawn(plot), 10))) found.push("plotly figure not drawn: " + plot.id);
+  for (const plot of all(".plotly-graph-div")) {
+    if (!plot.closest("[role=img][aria-label]"))
+      found.push("plotly figure without alt: " + plot.id);
+    if (!plot.closest("figure")?.querySelector("figcaption"))
+      found.push("plotly figure without caption: " + plot.id);
+  }
 
   // Width: the page does not scroll sideways, and nothing of the text is cut off.
   const width = document.scrollingElement.clientWidth;
@@ -462,7 +468,9 @@ and <code>$$ code $$</code>.</p>
 <div class="math">\[y = \int_0^1 x \, dx\]</div>
 <figure><img src="{PIXEL}" alt="One pixel."></figure> <img src="{PIXEL}" alt="">
 <div style="overflow-x: auto"><div style="width: 2000px">a wide table that scrolls</div></div>
-<div class="plotly-graph-div"><svg class="main-svg" width="100" height="100"></svg></div>
+<figure><div role="img" aria-label="A square."><div class="plotly-graph-div">
+<svg class="main-svg" width="100" height="100"></svg></div></div>
+<figcaption>One.</figcaption></figure>
 <div class="solution dropdown"><p hidden>So it is.</p>
 <button class="toggle-button" onclick="previousElementSibling.hidden = false">+</button></div>
 """
@@ -490,6 +498,8 @@ DEFECTS = [
     ("solution not folded", '<div class="solution dropdown"><p>Open.</p></div>'),
     ("solution does not open", '<div class="solution dropdown"><p hidden>Shut.</p></div>'),
     ("plotly figure not drawn", '<div class="plotly-graph-div" id="empty"></div>'),
+    ("plotly figure without alt", '<figure><div class="plotly-graph-div"></div></figure>'),
+    ("plotly figure without caption", '<div role="img" aria-label="A." class="plotly-graph-div">'),
 ]
 # As on the book's pages: only what Sphinx marks as mathematics is typeset.
 HEAD = """<!doctype html><meta charset="utf-8"><title>A page</title><link rel="icon" href="data:,">

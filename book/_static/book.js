@@ -52,9 +52,6 @@ addEventListener("DOMContentLoaded", () => {
     const figure = box.querySelector(".plotly-graph-div");
     const data = JSON.parse(box.querySelector("script[type='application/json']").textContent);
     box.prepend(element("div", { className: "controls" }, ...data.map((d) => controlOf(figure, d))));
-    const caption = box.closest("figure")?.querySelector("figcaption .caption-text");
-    figure.role = "img";
-    figure.ariaLabel = (caption ?? box).textContent.trim().slice(0, 200) || "interactive figure";
   }
 });
 
