@@ -318,7 +318,7 @@ def test_page_has_no_barriers(browser, site, name, size, theme):
 
 
 @pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
-def test_sliders_obey_the_keyboard(windows, site, name):
+def test_interactive_figures_obey_keyboard_and_theme(windows, site, name):
     with opened(windows["phone"], site + name) as (page, wrong):
         page.wait_for_load_state("load")
         for slider in page.locator(".interactive input[type=range]").all():
@@ -327,6 +327,10 @@ def test_sliders_obey_the_keyboard(windows, site, name):
             key = "ArrowLeft" if int(slider.input_value()) else "ArrowRight"
             page.keyboard.press(key)
             assert slider.get_attribute("aria-valuetext") != before
+        page.evaluate("document.documentElement.dataset.theme = 'dark'")
+        for box in page.locator(".output:has(> .interactive)").all():
+            ground = box.evaluate("node => getComputedStyle(node).backgroundColor")
+            assert ground == "rgba(0, 0, 0, 0)", "light ground in the dark theme"
     assert not wrong, "\n".join(wrong)
 
 
