@@ -817,6 +817,7 @@ class ModelStepper(nn.Module):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         layers = [block.layer for block in self.model.blocks]
         self.steppers = nn.ModuleList(x.stepper(rate) for x in layers)
+        self.eval()
 
     def forward(self, u: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """Take one step, as S4Model.step does.
