@@ -67,9 +67,10 @@ and ``help(s4mini.kernel)`` and the like tell more:
     cli             The command line
     speech          Spoken digits
     forecast        Hours to come
-    lra             Lists and paths
     baselines       What we compare with
     bench           How we measure
+    lra             Lists and paths
+    ablation        Does the beginning matter?
     selective       A step that listens
     official        Reading official checkpoints
     checks          Errors that help
@@ -170,9 +171,10 @@ _MODULES = (
     "cli",
     "speech",
     "forecast",
-    "lra",
     "baselines",
     "bench",
+    "lra",
+    "ablation",
     "selective",
     "official",
     "checks",

@@ -1,15 +1,18 @@
 """Lists and paths.
 
-Two tasks of Long Range Arena that can be made at home: nested lists to be evaluated,
-and curves to be followed.
+Nested lists to be evaluated, curves to be followed: two tasks of Long Range Arena that
+can be made at home, and five networks of equal size that get equal seconds to learn
+them.
 
 Tangled from book/lra.md.
 """
 
 import hashlib
 import io
+import json
 import math
 import random
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +24,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from s4mini.checks import check_int
-from s4mini.data import Batch, SequenceData, Source, data_dir
+from s4mini.baselines import TransformerLayer
+from s4mini.bench import provenance
+from s4mini.checks import check_choice, check_int
+from s4mini.data import Batch, SequenceData, Source, data_dir, load
 from s4mini.images import ImageData, image_data
+from s4mini.model import S4Config, S4Model, parameter_groups, pool_steps
 from s4mini.saving import write_atomically
 
 __all__ = [
@@ -38,6 +45,15 @@ __all__ = [
     "draw_pathfinder",
     "load_pathfinder",
     "PATHFINDER",
+    "positions",
+    "LSTMLayer",
+    "SequenceClassifier",
+    "READERS",
+    "make_reader",
+    "accuracy",
+    "train_reader",
+    "TASKS",
+    "record_readers",
 ]
 
 #: The symbols of ListOps; their places are their numbers.
@@ -471,3 +487,265 @@ PATHFINDER = Source(
     load_pathfinder,
     otherwise="made by s4mini, after that of Long Range Arena",
 )
+
+
+def positions(L: int, H: int) -> Tensor:
+    """Return sines and cosines that tell the steps of a sequence apart.
+
+    Args:
+        L: steps.
+        H: channels, even.
+
+    Returns:
+        (L, H), between -1 and 1.
+
+    Source: Vaswani et al. 2017, section 3.5; book/lra.md.
+    """
+    omega = 10.0 ** (-8 * torch.arange(H // 2) / H)
+    angle = torch.arange(L)[:, None] * omega  # (L, H/2)
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
+
+
+class LSTMLayer(nn.Module):
+    """Normalise, pass through an LSTM, add what came in.
+
+    Args:
+        d_model: the number H of channels.
+
+    Source: book/lra.md.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.lstm = nn.LSTM(d_model, d_model, batch_first=True)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map u (B, L, H) to the same shape."""
+        return u + self.lstm(self.norm(u))[0]
+
+
+class SequenceClassifier(nn.Module):
+    """Encode, pass through causal layers, average over steps, decode.
+
+    Args:
+        layers: each maps (B, L, H) to the same shape, causally.
+        channels: of the input.
+        d_model: the number H of channels inside.
+        classes: how many scores are returned.
+        placed: whether positions are added after the encoder.
+
+    Source: book/lra.md.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        channels: int,
+        d_model: int,
+        classes: int,
+        placed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(channels, d_model)
+        self.layers, self.placed = nn.ModuleList(layers), placed
+        self.decoder = nn.Linear(d_model, classes)
+
+    def forward(self, u: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Map u (B, L, channels) to scores (B, classes)."""
+        u = self.encoder(u)
+        u = u + positions(*u.shape[1:]).to(u) if self.placed else u
+        for layer in self.layers:
+            u = layer(u)
+        return self.decoder(pool_steps(u, "mean", lengths))
+
+
+#: The networks that are compared.
+READERS = ("s4", "s4d", "transformer", "linear", "lstm")
+
+
+def make_reader(name: str, channels: int, classes: int) -> nn.Module:
+    """Make one of the networks, of about 15,000 parameters.
+
+    Args:
+        name: one of READERS.
+        channels: of the input.
+        classes: how many scores it returns.
+
+    Raises:
+        ValueError: the name is unknown.
+
+    Source: book/lra.md.
+    """
+    check_choice("name", name, READERS)
+    if name in ("s4", "s4d"):
+        measure, N = ("legs", 24) if name == "s4" else ("diag-lin", 32)
+        return S4Model(
+            S4Config(
+                d_input=channels,
+                d_output=classes,
+                d_model=40,
+                n_layers=2,
+                d_state=N,
+                measure=measure,
+                dropout=0.0,
+                prenorm=True,
+            )
+        )
+    if name == "lstm":
+        layers, H = [LSTMLayer(30) for _ in range(2)], 30
+    else:
+        kind, H = "fused" if name == "transformer" else "linear", 24
+        layers = [TransformerLayer(H, 4, kind) for _ in range(2)]
+    return SequenceClassifier(layers, channels, H, classes, name != "lstm")
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, data: SequenceData, split: str, index: Tensor
+) -> tuple[float, float]:
+    """Return the share of examples that are right, and its standard error.
+
+    Args:
+        model: maps (u, lengths) to scores.
+        data: with labels.
+        split: from which the examples are.
+        index: (n,) their numbers.
+
+    Source: book/lra.md.
+    """
+    right, training = 0, model.training
+    model.eval()
+    for part in index.split(64):
+        u, target, lengths = data.batch(split, part)
+        right += (model(u, lengths).argmax(-1) == target).sum().item()
+    model.train(training)
+    share = right / len(index)
+    return share, math.sqrt(share * (1 - share) / len(index))
+
+
+_RATES = {"s4": 1e-2, "s4d": 1e-2, "transformer": 2e-3, "linear": 2e-3, "lstm": 5e-3}
+
+
+def train_reader(
+    name: str,
+    data: SequenceData,
+    seconds: float,
+    seed: int = 0,
+    looks: int = 4,
+    held: int = 250,
+) -> tuple[nn.Module, dict]:
+    """Train a network for so many seconds of one processor.
+
+    Args:
+        name: one of READERS.
+        data: with labels.
+        seconds: of the process's own time, validation not counted.
+        seed: of the weights and the batches.
+        looks: how often it is validated.
+        held: examples of the validation split that are looked at.
+
+    Returns:
+        The last model, and a record of the run: its curve, its steps.
+
+    Source: book/lra.md.
+    """
+    torch.manual_seed(seed)
+    model = make_reader(name, data.channels, len(data.classes))
+    groups = parameter_groups(model, _RATES[name], 0.01, 1e-3)
+    optimizer, rates = torch.optim.AdamW(groups), [g["lr"] for g in groups]
+    split = "validation" if "validation" in data.splits else "train"
+    held, n = min(held, data.count(split)), data.count("train")
+    n -= held if split == "train" else 0  # the last are held out
+    shown = data.count(split) - held + torch.arange(held)
+    batch, steps, used, losses, curve = 2**13 // data.length, 0, 0.0, [], []
+    start = time.time()
+    while used < seconds:
+        before, share = time.process_time(), used / seconds
+        heat = min(1.0, 10 * share + 0.01) * (1 + math.cos(math.pi * share)) / 2
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * heat
+        u, target, lengths = data.batch("train", torch.randint(n, (batch,)))
+        loss = F.cross_entropy(model(u, lengths), target)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        steps, losses = steps + 1, [*losses, loss.item()]
+        used += time.process_time() - before
+        if used >= seconds * (len(curve) + 1) / looks:
+            found, _ = accuracy(model, data, split, shown)
+            curve.append(
+                {
+                    "seconds": used,
+                    "step": steps,
+                    "validation": found,
+                    "loss": sum(losses) / len(losses),
+                }
+            )
+            losses = []
+    return model, {
+        "model": name,
+        "seed": seed,
+        "steps": steps,
+        "batch": batch,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": used,
+        "wall": time.time() - start,
+        "curve": curve,
+    }
+
+
+#: The tasks of the recorded runs, and how each data set is made or read.
+TASKS = {
+    "listops": {"length": 256, "examples": 20_000},
+    "cifar10": {"gray": True, "size": 16},
+    "pathfinder": {"examples": 5_000},
+}
+
+
+def record_readers(
+    out: str | Path,
+    task: str,
+    seconds: float = 60.0,
+    seed: int = 0,
+    tested: int = 1000,
+) -> None:
+    """Train and test all networks on a task; add them to a file of results.
+
+    Args:
+        out: the file, such as results/lra.json; runs that it holds already
+            are kept, and not made again.
+        task: one of TASKS.
+        seconds: for each network.
+        seed: of the weights and the batches.
+        tested: examples of the test split, at most.
+
+    Source: book/lra.md.
+    """
+    check_choice("task", task, tuple(TASKS))
+    path, data = Path(out), load(task, **TASKS[task])
+    call = f"record_readers({str(out)!r}, TASK, {seconds}, {seed}, {tested})"
+    found = provenance(f'python -c "from s4mini.lra import *; {call}"', seed)
+    runs = json.loads(path.read_text("utf8"))["runs"] if path.exists() else []
+    index = torch.arange(min(tested, data.count("test")))
+    for name in READERS:
+        if (task, name, seed) in {(r["task"], r["model"], r["seed"]) for r in runs}:
+            continue
+        model, record = train_reader(name, data, seconds, seed)
+        share, error = accuracy(model, data, "test", index)
+        guess = data.labels["test"][index].bincount().max().item() / len(index)
+        runs.append(
+            {
+                "task": task,
+                "data": data.title,
+                "length": data.length,
+                "accuracy": share,
+                "error": error,
+                "guess": guess,
+                "tested": len(index),
+            }
+            | record
+        )
+        text = json.dumps(found | {"runs": runs}, indent=1) + "\n"
+        write_atomically(path, text.encode())
