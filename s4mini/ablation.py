@@ -285,7 +285,7 @@ def record_starts(
     out: str | Path,
     seed: int,
     names: tuple[str, ...] = BEGINNINGS,
-    epochs: int = 8,
+    epochs: int = 4,
 ) -> None:
     """Train beginnings on CIFAR-10 at 16 x 16; add them to a file of results.
 

@@ -698,7 +698,7 @@ def train_reader(
 
 #: The tasks of the recorded runs, and how each data set is made or read.
 TASKS = {
-    "listops": {"length": 256, "examples": 20_000},
+    "listops": {"length": 256, "examples": 5_000},
     "cifar10": {"gray": True, "size": 16},
     "pathfinder": {"examples": 5_000},
 }
