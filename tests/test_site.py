@@ -454,7 +454,46 @@ def test_the_memory_obeys_keys_and_hand(browser, site):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("name", ["intro"])
+READ = """
+() => {
+  const model = modelOf(document.querySelector("[data-playable=finish]"));
+  const writer = new Writer(model), { tokens, logits } = model.witness;
+  return [tokens.flatMap((token) => [...writer.read(token)]), [...logits]];
+}
+"""
+
+
+def test_the_model_of_the_browser_is_that_of_python(windows, site):
+    with opened(windows["desktop"], f"{site}book/completion.html") as (page, wrong):
+        page.wait_for_selector(".playable canvas")
+        got, expected = (torch.tensor(values) for values in page.evaluate(READ))
+        size = len(page.locator("[data-playable=finish] script").text_content())
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert size < 300_000
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_drawing_is_begun_and_finished_by_keys(browser, site, size):
+    width, height = SIZES[size]
+    with browser.new_context(
+        reduced_motion="reduce", viewport={"width": width, "height": height}
+    ) as window:
+        with opened(window, f"{site}book/completion.html") as (page, wrong):
+            page.get_by_role("button", name="Clear").click()
+            paper, said = page.locator("canvas.paper"), page.locator(".playable .said")
+            assert said.text_content().startswith("Draw the upper half")
+            paper.focus()
+            for key in [" ", " ", "ArrowDown", " ", "ArrowDown", " ", "Enter"]:
+                page.keyboard.press(key)
+            pixels = page.evaluate("modelOf(document.querySelector('.playable')).width") ** 2
+            assert said.text_content().startswith(f"Pixel {pixels} of {pixels}.")
+            assert page.locator(".playable select").input_value() == ""
+            assert page.locator(".playable [aria-live]").text_content().endswith("level 1")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["intro", "completion"])
 def test_without_scripts_there_is_a_still_picture(browser, site, name):
     with browser.new_context(java_script_enabled=False) as window:
         page = window.new_page()

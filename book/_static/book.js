@@ -91,3 +91,7 @@ addEventListener("DOMContentLoaded", () => {
     return (part || article)?.textContent ?? "";
   };
 });
+
+// The numbers that `s4mini.figures.packed` wrote, for the scripts of what can be played with.
+const unpack = (text) =>
+  new Float32Array(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);

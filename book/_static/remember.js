@@ -7,9 +7,6 @@
 // "1" keeps it to the last `span` timescales. Checked against Python by tests/test_site.py.
 "use strict";
 
-const unpack = (text) =>
-  new Float32Array(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
-
 class Memory {
   // window: the timescale in samples.
   constructor({ clock, span, A, B, R }, N, window) {
