@@ -8,9 +8,12 @@
 * Exported cells that define nothing public, only imports or private helpers, are folded.
 * A page describes itself to search engines and previews by its first paragraphs.
 * The repository's button is shown where the configuration says where that is.
+* A page tells the browser that nothing may come from elsewhere, nor be sent there, and
+  asks for no font in a way that is refused to a page opened as a file.
 """
 
 import os
+import re
 import sys
 from html import escape
 from pathlib import Path
@@ -131,6 +134,34 @@ def offer_repository(app, config):
     options["use_repository_button"] = bool(options.get("repository_url"))
 
 
+#: What a page may load: what lies beside it, served or as files, and what it holds itself.
+POLICY = {
+    "default-src": "'self' file:",
+    "script-src": "'self' file: 'unsafe-inline'",
+    "style-src": "'self' file: 'unsafe-inline'",
+    "img-src": "'self' file: data: blob:",
+    "font-src": "'self' file: data:",
+    "object-src": "'none'",
+    "base-uri": "'none'",
+    "form-action": "'self' file:",
+}
+
+
+def forbid_elsewhere(app, pagename, templatename, context, doctree):
+    """Put the content security policy into the head of a page, before anything it loads."""
+    policy = "; ".join(f"{kind} {sources}" for kind, sources in POLICY.items())
+    tag = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+    context["metatags"] = tag + (context.get("metatags") or "")
+
+
+def drop_preloads(app, exception):
+    """Drop the theme's hints to load fonts early: as files they are errors in the console."""
+    if exception is None and app.builder.format == "html":
+        for page in Path(app.outdir).rglob("*.html"):
+            text = page.read_text("utf8")
+            page.write_text(re.sub(r'<link rel="preload" as="font"[^>]*>\s*', "", text), "utf8")
+
+
 def plain_citations(app, pagename, templatename, context, doctree):
     """Drop the roles of the list of references: they allow none of the links it holds."""
     body = (context.get("body") or "").replace('role="list" class="citation', 'class="citation')
@@ -174,7 +205,9 @@ def setup(app):
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-page-context", offer_notebook, priority=400)  # the theme's buttons: 500
     app.connect("html-page-context", describe)
+    app.connect("html-page-context", forbid_elsewhere, priority=900)  # first of the tags
     app.connect("html-page-context", plain_citations)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_plotly)
+    app.connect("build-finished", drop_preloads)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

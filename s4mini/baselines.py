@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from s4mini.checks import check_choice, check_int, check_positive, check_tensors
+from s4mini.checks import (
+    check_choice,
+    check_generator,
+    check_int,
+    check_positive,
+    check_tensors,
+)
 from s4mini.convolve import causal_conv
 from s4mini.discretization import discretize
 from s4mini.lowrank import half_spectrum, nplr
@@ -255,6 +261,7 @@ def orthogonal_features(m: int, d: int, generator: Generator | None = None) -> T
     Source: Choromanski et al. 2021, section 2.4; book/baselines.md.
     """
     m, d = check_int("m", m), check_int("d", d)
+    check_generator("generator", generator)
     blocks = torch.randn(-(-m // d), d, d, generator=generator)
     Q, R = torch.linalg.qr(blocks)
     Q = Q * R.diagonal(dim1=-2, dim2=-1).sgn()[..., None, :]  # uniform
@@ -341,6 +348,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         H, heads = check_int("d_model", d_model), check_int("heads", heads)
         check_choice("attention", attention, ATTENTIONS)
+        check_generator("generator", generator)
         if H % heads:
             raise ValueError(f"heads: expected a divisor of d_model = {H}, got {heads}")
         self.heads, self.kind, d = heads, attention, H // heads
@@ -545,6 +553,7 @@ class PlainBlock(nn.Module):
     ) -> None:
         super().__init__()
         H = check_int("d_model", d_model)
+        check_generator("generator", generator)
         kernel = nn.Parameter(kernel) if isinstance(kernel, Tensor) else kernel
         self.kernel: nn.Module | Tensor = kernel
         self.D = nn.Parameter(torch.randn(H, generator=generator))

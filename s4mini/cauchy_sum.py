@@ -10,6 +10,8 @@ import importlib.util
 import math
 import os
 import shutil
+from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
@@ -147,6 +149,16 @@ def _by_keops(v: Tensor, Lambda: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return p.sum(2).reshape(*batch, k, -1)  # (..., k, M)
 
 
+def _unwritable(folder: Path) -> str:
+    """Return why nothing can be written to a folder, or an empty string."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"KeOps keeps its programs in {folder}: {error.strerror}"
+
+
 def keops_available() -> str:
     """Return why KeOps cannot be used here, or an empty string.
 
@@ -156,4 +168,5 @@ def keops_available() -> str:
         return 'pykeops is not installed: pip install "s4mini[keops]"'
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
         return "KeOps needs a C++ compiler, and none was found"
-    return ""
+    usual = os.path.join(os.path.expanduser("~"), ".cache")
+    return _unwritable(Path(os.environ.get("KEOPS_CACHE_FOLDER", usual)))

@@ -18,21 +18,29 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 __all__ = [
     "check_int",
     "check_number",
     "check_bool",
     "check_positive",
+    "check_dense",
     "values_can_be_read",
+    "check_generator",
     "check_choice",
     "check_tensors",
     "checked",
 ]
 
 
-def check_int(name: str, value: int, minimum: int = 1, even: bool = False) -> int:
+def check_int(
+    name: str,
+    value: int,
+    minimum: int = 1,
+    even: bool = False,
+    maximum: int = 2**31 - 1,
+) -> int:
     """Return value as an int if it is one and allowed.
 
     Args:
@@ -40,13 +48,16 @@ def check_int(name: str, value: int, minimum: int = 1, even: bool = False) -> in
         value: what was given.
         minimum: the smallest value allowed.
         even: whether odd values are refused.
+        maximum: the largest value allowed; by default that of 32 bits, which
+            no axis of a tensor here comes near.
 
     Returns:
         The value as a Python int.
 
     Raises:
         TypeError: value is not an integer, or is a bool.
-        ValueError: value is below minimum, or odd where even is asked for.
+        ValueError: value is below minimum or above maximum, or odd where even
+            is asked for.
 
     Source: book/checks.md.
     """
@@ -61,7 +72,17 @@ def check_int(name: str, value: int, minimum: int = 1, even: bool = False) -> in
         raise TypeError(f"{name}: expected {allowed}, got {kind} {value!r}")
     if number < minimum or (even and number % 2):
         raise ValueError(f"{name}: expected {allowed}, got {value}")
+    if number > maximum:
+        raise ValueError(f"{name}: expected at most {maximum}, got {value}")
     return number
+
+
+def _as_float(value: Real) -> float:
+    """Return a number as a float; an integer too large for one is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def check_number(
@@ -88,7 +109,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, Real):
         kind = type(value).__name__
         raise TypeError(f"{name}: expected {allowed}, got {kind} {value!r}")
-    if not minimum <= value < below:
+    if not minimum <= _as_float(value) < below:
         raise ValueError(f"{name}: expected {allowed}, got {value}")
     return float(value)
 
@@ -140,9 +161,26 @@ def check_positive(name: str, value: float | Tensor) -> float | Tensor:
     if isinstance(value, bool) or not isinstance(value, Real):
         kind = type(value).__name__
         raise TypeError(f"{name}: expected a number > 0, got {kind}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < _as_float(value) < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     return float(value)
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Refuse a tensor whose entries do not lie in a grid.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a tensor of any dtype.
+
+    Raises:
+        TypeError: it is sparse or nested.
+
+    Source: book/checks.md.
+    """
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else value.layout
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -154,8 +192,7 @@ def _check_dtype(name: str, value: Tensor, real: bool) -> None:
     if value.dtype not in (_REAL if real else _REAL + _COMPLEX):
         kinds = "floating" if real else "floating or complex"
         raise TypeError(f"{name}: expected a {kinds} tensor, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}")
+    check_dense(name, value)
     if value.is_meta and not torch.compiler.is_compiling():
         raise TypeError(f"{name}: expected a tensor with values, got device meta")
 
@@ -172,6 +209,25 @@ def values_can_be_read() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
+
+
+def check_generator(name: str, value: Generator | None) -> None:
+    """Refuse what is no source of random numbers of PyTorch.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given; None stands for PyTorch's own.
+
+    Raises:
+        TypeError: it is anything else.
+
+    Source: book/checks.md.
+    """
+    if value is not None and not isinstance(value, Generator):
+        raise TypeError(
+            f"{name}: expected a torch.Generator, such as torch.Generator()"
+            f".manual_seed(0), or None, got {type(value).__name__}"
+        )
 
 
 def check_choice(name: str, value: object, allowed: Sequence) -> None:

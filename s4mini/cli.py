@@ -159,7 +159,7 @@ def _fit(argv: list[str]) -> None:
 def _fit_seeds(recipe: object, out: Path, options: FitOptions) -> None:
     """Train with one seed or several, and print what it came to."""
     train = _module("s4mini.train")
-    seeds = _module("s4mini.checks").check_int("seeds", options.seeds)
+    seeds = _module("s4mini.checks").check_int("seeds", options.seeds, maximum=1000)
     if seeds > 1 and options.devices * options.nodes > 1:
         raise ValueError("seeds: expected 1 with several devices")
     if seeds == 1:

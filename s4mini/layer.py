@@ -15,7 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Generator, Tensor, nn
 
-from s4mini.checks import check_choice, check_int, check_positive, check_tensors
+from s4mini.checks import (
+    check_choice,
+    check_dense,
+    check_int,
+    check_positive,
+    check_tensors,
+)
 from s4mini.convolve import channel_conv
 from s4mini.diagonal import COMPLEX, finest, past, power_sums, s4d_init, sample
 from s4mini.kernel import backends, dplr_kernel
@@ -218,31 +224,34 @@ class Stepper(nn.Module):
             TypeError: u or the state is not of the stepper's dtype.
             ValueError: a shape is wrong.
         """
-        H, N = self.C.shape
-        _check_step(u, state, H, N, self.D.dtype)
+        _check_step(u, state, self.C.shape[1], self.D)
         step = RealIncrements(self.same, self.other, self.F, self.G, self.B_bar)
         v = u.to(self.D.dtype)
         state = advance(step, v, state)
         return ((self.C * state).sum(-1) + self.D * v).to(u.dtype), state
 
 
-def _check_dtype(name: str, value: Tensor, *allowed: torch.dtype) -> None:
-    """Refuse anything but a tensor of these dtypes."""
+def _check_like(name: str, value: Tensor, D: Tensor, *allowed: torch.dtype) -> None:
+    """Refuse anything but a dense tensor of these dtypes where D is."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         raise TypeError(f"{name}: expected a tensor of {allowed[0]}, got {kind}")
+    check_dense(name, value)
     if value.dtype not in allowed:
         raise TypeError(f"{name}: expected {allowed[0]}, got {value.dtype}")
+    if value.device != D.device:
+        raise ValueError(f"{name}: expected a tensor on {D.device}, got {value.device}")
 
 
-def _check_step(u: Tensor, state: Tensor, H: int, N: int, dtype: torch.dtype) -> None:
-    """Examine shapes and dtypes of a step of H channels of N coefficients."""
-    _check_dtype("u", u, dtype, torch.bfloat16, torch.float16)
+def _check_step(u: Tensor, state: Tensor, N: int, D: Tensor) -> None:
+    """Examine a step of as many channels as D has, of N coefficients each."""
+    H, wide = len(D), torch.promote_types(D.dtype, torch.float32)
+    _check_like("u", u, D, wide, torch.bfloat16, torch.float16)
     if state is None:
         raise TypeError(
             "state: expected a tensor, such as layer.initial_state(batch), got None"
         )
-    _check_dtype("state", state, dtype)
+    _check_like("state", state, D, wide)
     if u.ndim != 2 or u.shape[1] != H:
         raise ValueError(f"u: expected (B, {H}), got {tuple(u.shape)}")
     _check_state(state, u.shape[0], H, N)
@@ -530,7 +539,7 @@ class S4Layer(nn.Module):
         self._check_causal()
         systems = self.system(rate)
         wide = systems.dt.dtype
-        _check_step(u, state, self.d_model, self.d_state, wide)
+        _check_step(u, state, self.d_state, self.D)
         with _plainly(u.device):
             v = u.to(wide)
             state = advance(_sampled_step(systems, self.method), v, state)
@@ -561,7 +570,8 @@ class S4Layer(nn.Module):
     ) -> None:
         """Examine shapes and dtypes, but no values."""
         H, wide = self.d_model, torch.promote_types(self.D.dtype, torch.float32)
-        _check_dtype("u", u, self.D.dtype, wide, torch.bfloat16, torch.float16)
+        half = torch.bfloat16, torch.float16
+        _check_like("u", u, self.D, self.D.dtype, wide, *half)
         if u.ndim not in (2, 3) or u.shape[-1] != H or u.shape[-2] == 0:
             raise ValueError(
                 f"u: expected (B, L, {H}) or (L, {H}), L >= 1, got {tuple(u.shape)}"
@@ -570,7 +580,7 @@ class S4Layer(nn.Module):
             raise ValueError(f"u: expected (B, L, {H}) with lengths, got 2 axes")
         if state is not None:
             self._check_causal()
-            _check_dtype("state", state, wide)
+            _check_like("state", state, self.D, wide)
             batched = state if u.ndim == 3 else state[None]
             _check_state(batched, u.shape[0] if u.ndim == 3 else 1, H, self.d_state)
 

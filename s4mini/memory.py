@@ -12,7 +12,14 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from s4mini.checks import check_choice, check_int, check_positive, check_tensors
+from s4mini.checks import (
+    check_choice,
+    check_generator,
+    check_int,
+    check_number,
+    check_positive,
+    check_tensors,
+)
 from s4mini.projection import MEASURES, hippo, laguerre, legendre
 from s4mini.ssm import expm
 
@@ -96,14 +103,16 @@ def init_dt(
         (H,) steps, float64.
 
     Raises:
-        TypeError: H is not an integer, or a bound is not a number.
+        TypeError: H is not an integer, a bound not a number, or generator
+            not one of PyTorch's.
         ValueError: H < 1, dt_min <= 0, or dt_max < dt_min.
 
     Source: Gu et al. 2022 (official S4 code); book/memory.md.
     """
     H = check_int("H", H)
-    check_positive("dt_min", dt_min)
-    check_positive("dt_max", dt_max)
+    dt_min = check_positive("dt_min", check_number("dt_min", dt_min))
+    dt_max = check_positive("dt_max", check_number("dt_max", dt_max))
+    check_generator("generator", generator)
     if dt_max < dt_min:
         raise ValueError(
             f"dt_max: expected a number >= dt_min = {dt_min}, got {dt_max}"

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from s4mini.checks import (
     check_bool,
     check_choice,
+    check_dense,
+    check_generator,
     check_int,
     check_number,
     check_positive,
@@ -37,6 +39,7 @@ __all__ = [
     "clear_padding",
     "SequenceNorm",
     "LAYER_MEASURES",
+    "LARGEST",
     "S4Config",
     "S4Block",
     "pool_steps",
@@ -154,6 +157,14 @@ class SequenceNorm(nn.Module):
 
 
 LAYER_MEASURES = (*MEASURES, "random", "diag-legs", "diag-lin", "diag-inv", "diag-real")
+#: The largest sizes that a configuration may ask for.
+LARGEST = {
+    "d_input": 2**24,
+    "d_output": 2**24,
+    "d_model": 2**16,
+    "n_layers": 2**10,
+    "d_state": 2**13,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,8 +260,10 @@ def _plain(c: S4Config) -> dict:
     check_choice("method", method, methods)
     check_choice("norm", c.norm, ("layer", "batch"))
     check_choice("pool", c.pool, ("mean", "last", "none"))
-    sizes = ("d_input", "d_output", "d_model", "n_layers")
-    found = {name: check_int(name, getattr(c, name)) for name in sizes}
+    found: dict[str, object] = {}
+    for name, most in LARGEST.items():
+        even = name == "d_state"
+        found[name] = check_int(name, getattr(c, name), 2 if even else 1, even, most)
     for name in ("prenorm", "bidirectional", "tied", "tokens"):
         found[name] = check_bool(name, getattr(c, name))
     for name in ("dt_min", "dt_max"):
@@ -260,7 +273,6 @@ def _plain(c: S4Config) -> dict:
         raise ValueError(
             f"dt_max: expected a number >= dt_min = {c.dt_min}, got {c.dt_max}"
         )
-    found["d_state"] = check_int("d_state", c.d_state, minimum=2, even=True)
     found["dropout"] = check_number("dropout", c.dropout, below=1)
     return found | {"method": method}
 
@@ -270,11 +282,7 @@ def _check_made_from(config: S4Config, generator: Generator | None) -> None:
     if not isinstance(config, S4Config):
         kind = type(config).__name__
         raise TypeError(f"config: expected an S4Config, got {kind}")
-    if generator is not None and not isinstance(generator, Generator):
-        raise TypeError(
-            "generator: expected a torch.Generator, such as torch.Generator()"
-            f".manual_seed(0), or None, got {type(generator).__name__}"
-        )
+    check_generator("generator", generator)
 
 
 def _linear(d_in: int, d_out: int, generator: Generator | None) -> nn.Linear:
@@ -680,13 +688,18 @@ class S4Model(Savable):
         axes: str = "B L",
     ) -> None:
         """Refuse input of another shape or kind than the model reads."""
-        if isinstance(u, Tensor) and u.ndim > 1:
-            _check_lengths(lengths, u)
-        c, dtype = self.config, self.encoder.weight.dtype
+        c, weight = self.config, self.encoder.weight
+        if isinstance(u, Tensor):
+            check_dense(name, u)
+            if u.device != weight.device:
+                on = weight.device
+                raise ValueError(f"{name}: expected a tensor on {on}, got {u.device}")
+            if u.ndim > 1:
+                _check_lengths(lengths, u)
         if c.tokens:
             _check_tokens(name, u, lengths, axes, c.d_input)
         else:
-            _check_vectors(name, u, axes, c, dtype)
+            _check_vectors(name, u, axes, c, weight.dtype)
 
     def _encode(self, u: Tensor, lengths: Tensor | None) -> Tensor:
         """Examine the input, clear its padding, map it to the channels."""

@@ -13,7 +13,7 @@ import torch
 
 from s4mini.checks import check_bool, check_choice, check_int, check_number
 from s4mini.data import SequenceData, load, options_of
-from s4mini.model import LAYER_MEASURES, S4Config, S4Model
+from s4mini.model import LARGEST, LAYER_MEASURES, S4Config, S4Model
 from s4mini.tasks import S4Forecaster
 
 __all__ = ["Recipe", "RECIPES", "load_data", "build", "check_recipe", "sizes_of"]
@@ -93,18 +93,15 @@ class Recipe:
         _check_recipe(self)
 
 
-_MOST = {  # of each integer; seeds are what PyTorch's generators take
-    "d_model": 2**16,
-    "n_layers": 2**10,
-    "d_state": 2**13,
+_MOST = LARGEST | {
     "batch_size": 2**20,
     "epochs": 10**6,
-    "epoch_size": 10**9,
+    "epoch_size": 2**24,
     "length": 10**8,
     "horizon": 10**6,
     "examples": 10**7,
     "size": 2**14,
-    "seed": 2**63 - 1,
+    "seed": 2**32 - 1,
 }
 _ABOVE_ZERO = ("lr", "ssm_lr", "clip", "dt_min", "dt_max", "validation")
 _SHARES = ("dropout", "warmup", "validation")
@@ -136,9 +133,7 @@ def _check_recipe(recipe: Recipe) -> None:
 def _check_size(name: str, value: int) -> None:
     """Refuse what is no integer within its range."""
     minimum = {"seed": 0, "d_state": 2}.get(name, 1)
-    number = check_int(name, value, minimum=minimum, even=name == "d_state")
-    if number > _MOST[name]:
-        raise ValueError(f"{name}: expected at most {_MOST[name]}, got {value}")
+    check_int(name, value, minimum, name == "d_state", _MOST[name])
 
 
 def _check_real(name: str, value: float) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from s4mini.checks import check_int, check_tensors
+from s4mini.checks import check_generator, check_int, check_tensors
 
 __all__ = ["selective_copying", "compose", "linear_scan", "SelectiveSSM"]
 
@@ -44,6 +44,7 @@ def selective_copying(
     count, kinds = check_int("count", count), check_int("kinds", kinds)
     marked = check_int("marked", marked)
     L = check_int("L", L, minimum=marked)
+    check_generator("generator", generator)
     answers = torch.randint(kinds, (count, marked), generator=generator)
     where = torch.rand(count, L, generator=generator).topk(marked).indices
     tokens = torch.full((count, L + marked), kinds)
@@ -137,6 +138,7 @@ class SelectiveSSM(nn.Module):
     ) -> None:
         super().__init__()
         H, N = check_int("d_model", d_model), check_int("d_state", d_state)
+        check_generator("generator", generator)
         rates = torch.arange(1.0, N + 1).log().expand(H, N)
         self.log_rate = nn.Parameter(rates.clone())  # (H, N)
         self.bias = nn.Parameter(torch.full((H,), -2.0))  # a step of 0.13

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from s4mini.checks import check_choice, check_int, check_number
+from s4mini.checks import check_choice, check_generator, check_int, check_number
 from s4mini.model import (
     ModelState,
     ModelStepper,
@@ -324,6 +324,4 @@ def _check_draw(generator, temperature, top_k) -> None:
     check_number("temperature", temperature)
     if top_k is not None:
         check_int("top_k", top_k)
-    if generator is not None and not isinstance(generator, Generator):
-        kind = type(generator).__name__
-        raise TypeError(f"generator: expected a torch.Generator or None, got {kind}")
+    check_generator("generator", generator)

@@ -102,8 +102,8 @@ def epoch_order(n: int, epoch: int, size: int, seed: int) -> Tensor:
     Args:
         n: how many examples there are.
         epoch: which epoch, from 0.
-        size: examples in an epoch.
-        seed: of the whole run.
+        size: examples in an epoch, at most 2**24.
+        seed: of the whole run, below 2**32.
 
     Returns:
         (size,) integers below n. Over the run, every example is visited once
@@ -111,13 +111,13 @@ def epoch_order(n: int, epoch: int, size: int, seed: int) -> Tensor:
 
     Raises:
         TypeError: an argument is not an integer.
-        ValueError: n or size is below 1, or epoch or seed below 0.
+        ValueError: one is out of range.
 
     Source: book/train.md.
     """
-    n, size = check_int("n", n), check_int("size", size)
+    n, size = check_int("n", n), check_int("size", size, maximum=2**24)
     first = check_int("epoch", epoch, minimum=0) * size
-    seed = check_int("seed", seed, minimum=0)
+    seed = check_int("seed", seed, minimum=0, maximum=2**32 - 1)
     passes = range(first // n, (first + size - 1) // n + 1)
     orders = [
         torch.randperm(n, generator=Generator().manual_seed(seed * 2**20 + p))

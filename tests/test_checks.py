@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from s4mini.checks import (
     check_bool,
     check_choice,
+    check_generator,
     check_int,
     check_number,
     check_positive,
@@ -24,6 +26,8 @@ BAD_INTEGERS = [
     (ValueError, 0, {}, "N: expected an integer >= 1, got 0"),
     (ValueError, 3, {"minimum": 4}, "N: expected an integer >= 4, got 3"),
     (ValueError, 7, {"even": True}, "N: expected an even integer >= 1, got 7"),
+    (ValueError, 2**31, {}, "N: expected at most 2147483647, got 2147483648"),
+    (ValueError, 9, {"maximum": 8}, "N: expected at most 8, got 9"),
 ]
 
 
@@ -34,7 +38,7 @@ def test_integers_refused(error, value, options, message):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("value", [1, np.int64(7), torch.tensor(3), 10**12])
+@pytest.mark.parametrize("value", [1, np.int64(7), torch.tensor(3), 2**31 - 1])
 def test_integers_accepted(value):
     number = check_int("N", value)
     assert type(number) is int and number == int(value)
@@ -47,6 +51,7 @@ def test_integers_accepted(value):
         (ValueError, -1.0),
         (ValueError, math.nan),
         (ValueError, math.inf),
+        (ValueError, 10**400),
         (TypeError, "0.1"),
         (TypeError, True),
         (TypeError, None),
@@ -82,7 +87,7 @@ def test_what_is_no_number(value):
         check_number("dropout", value, below=1)
 
 
-@pytest.mark.parametrize("value", [-1e-9, 1.0, math.nan, math.inf])
+@pytest.mark.parametrize("value", [-1e-9, 1.0, math.nan, math.inf, 10**400])
 def test_numbers_out_of_range(value):
     with pytest.raises(ValueError, match=r"^dropout: expected a number in \[0, 1\)"):
         check_number("dropout", value, below=1)
@@ -135,11 +140,20 @@ def test_tensors_bind_sizes():
     assert sizes == {"N": 2, "B": 5, "L": 9, "H": 4}
 
 
+@pytest.mark.parametrize("value", [0, "seed", np.random.default_rng(0), random.Random(0)])
+def test_what_is_no_generator(value):
+    with pytest.raises(TypeError, match=r"^generator: expected a torch\.Generator.*or None, got"):
+        check_generator("generator", value)
+    check_generator("generator", None)
+    check_generator("generator", torch.Generator())
+
+
 NO_NUMBERS = [
     torch.eye(2).to_sparse(),
     torch.eye(2).to(torch.float8_e4m3fn),
     torch.empty(2, 2, device="meta"),
     torch.eye(2).bool(),
+    torch.nested.nested_tensor([torch.eye(2)], layout=torch.jagged),
 ]
 
 

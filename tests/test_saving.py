@@ -284,10 +284,12 @@ def rewrite(folder, note=None, tensors=None, change=None):
 
 H = torch.ones(6)
 LIES = [
-    ({"change": {"d_model": 10**9}}, "expected F32 of shape"),
-    ({"change": {"n_layers": 10**9}}, "expected a tensor blocks.2"),
-    ({"change": {"d_state": 20000}}, "expected F32 of shape"),
-    ({"change": {"d_state": 10**15}}, "expected F32 of shape"),
+    ({"change": {"d_model": 10**9}}, "d_model: expected at most 65536"),
+    ({"change": {"d_model": 2**16}}, "expected F32 of shape"),
+    ({"change": {"n_layers": 10**9}}, "n_layers: expected at most 1024"),
+    ({"change": {"n_layers": 1000}}, "expected a tensor blocks.2"),
+    ({"change": {"d_state": 8000}}, "expected F32 of shape"),
+    ({"change": {"d_state": 20000}}, "d_state: expected at most 8192"),
     ({"change": {"n_layers": 1}}, "expected no tensor blocks.1"),
     ({"change": {"d_model": "6"}}, "d_model: expected an integer"),
     ({"change": {"prenorm": "False"}}, "prenorm: expected True or False"),

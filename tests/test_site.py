@@ -240,15 +240,17 @@ def problems(window, address):
 
 
 class Links(HTMLParser):
-    """Collects a page's anchors and the addresses it links to."""
+    """Collects a page's anchors, the addresses it links to, and its security policy."""
 
     def __init__(self, path):
         super().__init__()
-        self.anchors, self.links = set(), []
+        self.anchors, self.links, self.policy = set(), [], ""
         self.feed(path.read_text("utf8"))
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes["content"]
         self.anchors |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
         if tag == "a" and attributes.get("href"):
             self.links.append(attributes["href"])
@@ -273,6 +275,16 @@ def broken_links(folder):
                 if unquote(parts.fragment) not in read(target).anchors:
                     broken.append(f"{name}: no anchor {link}")
     return broken
+
+
+def foreign_links(folder):
+    """Return the links that are neither to the web, nor to a mailbox, nor to the site itself."""
+    return [
+        f"{path.relative_to(folder)}: {link}"
+        for path in sorted(folder.rglob("*.html"))
+        for link in Links(path).links
+        if urlsplit(link.strip()).scheme.lower() not in {"", "http", "https", "mailto"}
+    ]
 
 
 # The book's site.
@@ -349,6 +361,30 @@ def test_index_leads_to_the_first_page(windows, site):
 def test_links_between_pages_lead_somewhere(site):
     broken = broken_links(SITE)
     assert not broken, "\n".join(broken)
+
+
+def test_links_lead_to_the_web_to_a_mailbox_or_to_the_site(site):
+    foreign = foreign_links(SITE)
+    assert not foreign, "\n".join(foreign)
+
+
+@pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
+def test_pages_forbid_what_comes_from_elsewhere(site, name):
+    policy = dict(part.split(" ", 1) for part in Links(SITE / name).policy.split("; "))
+    assert {"default-src", "script-src", "object-src", "base-uri"} <= set(policy)
+    for sources in policy.values():
+        allowed = {"'self'", "'none'", "'unsafe-inline'", "file:", "data:", "blob:"}
+        assert set(sources.split()) <= allowed
+
+
+@pytest.mark.parametrize("name", ["book/intro.html", "book/api.html", "search.html?q=kernel"])
+def test_pages_open_as_files(windows, site, name):
+    with opened(windows["desktop"], f"{SITE.as_uri()}/{name}") as (page, wrong):
+        page.wait_for_load_state("load")
+        page.evaluate("() => document.fonts.ready")
+        fonts = page.evaluate("() => [...document.fonts].map((font) => font.status)")
+    assert "loaded" in fonts and "error" not in fonts
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -573,6 +609,20 @@ def test_a_good_page_passes(windows, defective, size):
 def test_each_defect_is_caught(windows, defective, number, defect):
     wrong = problems(windows["phone"], f"{defective}{number}.html")
     assert any(item.startswith(defect) for item in wrong), wrong
+
+
+def test_foreign_links_are_caught(tmp_path):
+    kinds = [
+        "a.html",
+        "#a",
+        "https://a.org",
+        "mailto:a@b.org",
+        "JavaScript:x()",
+        "file:///a",
+        "ftp:a",
+    ]
+    (tmp_path / "a.html").write_text("".join(f'<a href="{kind}">' for kind in kinds))
+    assert foreign_links(tmp_path) == [f"a.html: {kind}" for kind in kinds[4:]]
 
 
 @needs_axe

@@ -80,6 +80,9 @@ addEventListener("DOMContentLoaded", () => {
   }
 });
 
+// Pages opened as files may not read one another: their search results come without text.
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+
 // Search results show text of the article, not the page's buttons.
 addEventListener("DOMContentLoaded", () => {
   if (typeof Search === "undefined") return;
