@@ -95,8 +95,7 @@ def zoh(A: Tensor, B: Tensor, dt: float | Tensor) -> tuple[Tensor, Tensor]:
         TypeError: an argument is of a wrong type or dtype.
         ValueError: shapes do not fit, or dt is out of range.
 
-    Source: book/discretization.md, the lemma that a hold is a state;
-    book/discretization.md.
+    Source: the lemma that a hold is a state; book/discretization.md.
     """
     dtA, dtB = _prepare(A, B, dt)
     N = dtA.shape[-1]
