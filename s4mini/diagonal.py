@@ -23,6 +23,7 @@ __all__ = [
     "finest",
     "sample",
     "power_sums",
+    "mode_sums",
     "s4d_kernel",
     "s4d_init",
     "s4d_step",
@@ -137,6 +138,27 @@ def power_sums(w: Tensor, s: Tensor, L: int) -> Tensor:
     return (left.mT @ right).flatten(-2)[..., :L]
 
 
+def mode_sums(w: Tensor, system: Sampled, L: int, dtype: torch.dtype) -> Tensor:
+    """Return Re sum_n w_n A_bar_n^l for l = 0 ... L - 1.
+
+    Args:
+        w: (..., n) weights, in the precision of the system.
+        system: what sample gives.
+        L: how many, >= 1.
+        dtype: complex dtype of the sums.
+
+    Returns:
+        (..., L) real.
+
+    Source: book/diagonal.md.
+    """
+    first = w.sum(-1, keepdim=True).to(dtype).real
+    if L == 1:
+        return first
+    w = (w * (1 + system.E)).to(dtype)
+    return torch.cat((first, power_sums(w, system.s, L - 1)), -1)
+
+
 def _examined(
     method: str, dt: float | Tensor, batches: dict, **tensors: Tensor
 ) -> list[Tensor]:
@@ -191,9 +213,9 @@ def s4d_kernel(
     """
     L = check_int("L", L)
     dt, Lambda, B, C = _examined(method, dt, {}, Lambda=Lambda, B=B, C=C)
-    s, _, B_bar = sample(Lambda, B, dt, method)
-    with torch.autocast(s.device.type, enabled=False):
-        return power_sums((2 * C * B_bar).to(C.dtype), s, L)
+    system = sample(Lambda, B, dt, method)
+    with torch.autocast(B.device.type, enabled=False):
+        return mode_sums(2 * C * system.B_bar, system, L, C.dtype)
 
 
 def s4d_init(init: str, N: int) -> tuple[Tensor, Tensor]:
@@ -302,9 +324,9 @@ def s4d_response(
     """
     L = check_int("L", L)
     dt, Lambda, C, x = _examined(method, dt, {}, Lambda=Lambda, C=C, x=x)
-    s, _, _ = sample(Lambda, Lambda, dt, method)
-    with torch.autocast(s.device.type, enabled=False):
-        return power_sums((2 * C * s.exp() * x).to(C.dtype), s, L)
+    system = sample(Lambda, Lambda, dt, method)
+    with torch.autocast(x.device.type, enabled=False):
+        return mode_sums(2 * C * (1 + system.E) * x, system, L, C.dtype)
 
 
 def _newest_first(u: Tensor, lengths: Tensor | None) -> Tensor:
@@ -335,15 +357,20 @@ def past(
     Source: book/diagonal.md.
     """
     kind, L = COMPLEX[u.dtype], u.shape[-1]
-    M, J = _split(L)
-    inner, outer = _tables(system.s, L, kind)
-    v = F.pad(_newest_first(u, lengths), (0, J * M - L)).unflatten(-1, (J, M))
-    v = torch.complex(v @ inner.real.mT, v @ inner.imag.mT)  # (..., J, n)
-    made = system.B_bar.to(kind) * (v * outer.mT).sum(-2)
+    A_bar, v = (1 + system.E).to(kind), _newest_first(u, lengths)
+    total = v[..., :1].to(kind)  # (..., 1): the newest; then the older ones
+    if L > 1:
+        M, J = _split(L - 1)
+        inner, outer = _tables(system.s, L - 1, kind)
+        v = F.pad(v[..., 1:], (0, J * M - L + 1)).unflatten(-1, (J, M))
+        v = torch.complex(v @ inner.real.mT, v @ inner.imag.mT)  # (..., J, n)
+        total = total + A_bar * (v * outer.mT).sum(-2)
+    made = system.B_bar.to(kind) * total
     if x is None:
         return made
-    steps = L if lengths is None else lengths[..., None]
-    return made + (system.s * steps).exp().to(kind) * x
+    steps = torch.tensor(L) if lengths is None else lengths[..., None]
+    kept = (system.s * (steps - 1).clamp(min=0)).exp().to(kind) * A_bar * x
+    return made + torch.where(steps > 0, kept, x)
 
 
 def s4d_final_state(

@@ -23,7 +23,7 @@ from s4mini.checks import (
     check_tensors,
 )
 from s4mini.convolve import channel_conv
-from s4mini.diagonal import COMPLEX, finest, past, power_sums, s4d_init, sample
+from s4mini.diagonal import COMPLEX, finest, mode_sums, past, s4d_init, sample
 from s4mini.kernel import backends, dplr_kernel
 from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
@@ -148,8 +148,8 @@ def _kernels(systems: Systems, L: int, method: str, backend: str) -> Tensor:
     Lambda, P, B, C, dt = systems
     if P is not None:
         return dplr_kernel(Lambda, P, B, C, dt, L, backend)
-    s, _, B_bar = sample(Lambda, B, dt, method)
-    return power_sums((2 * C * B_bar).to(C.dtype), s, L)
+    system = sample(Lambda, B, dt, method)
+    return mode_sums(2 * C * system.B_bar, system, L, C.dtype)
 
 
 def _sampled_step(systems: Systems, method: str) -> RealIncrements:
@@ -177,8 +177,9 @@ def _echoes(systems: Systems, method: str, s: Tensor, L: int) -> Tensor:
     """Return what states s (B, H, N) add to the next outputs (B, L, H)."""
     Lambda, P, B, C, dt = systems
     if P is None:
-        logs = sample(Lambda, B, dt, method).s
-        return power_sums((2 * C * logs.exp() * to_half(s)).to(C.dtype), logs, L).mT
+        system = sample(Lambda, B, dt, method)
+        w = 2 * C * (1 + system.E) * to_half(s)
+        return mode_sums(w, system, L, C.dtype).mT
     rows = state_echo(_sampled_step(systems, method), to_row(C), s.transpose(0, 1), L)
     return rows.permute(1, 2, 0)
 

@@ -173,8 +173,35 @@ def test_gradients_at_special_values(method):
         K = kernel(*moving)
         K.sum().backward()
         assert all(v.grad.isfinite().all() for v in moving)
-        if value < -1e-5:
+        if value == 0.0 or value < -1e-5:
             assert torch.autograd.gradcheck(kernel, moving)
+            assert torch.autograd.gradgradcheck(kernel, moving)
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 17])
+def test_second_derivatives_where_a_mode_forgets_at_once(L):
+    """At z = -2 the bilinear A_bar is zero and has no logarithm; the powers are smooth."""
+    decay = torch.tensor([-4.0, -1.0], dtype=torch.float64, requires_grad=True)
+    dt = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    B, C, x0 = complex_normal(3, 2).unbind()
+    u = signal(2, 1, L).requires_grad_()
+    lengths = torch.tensor([L, (L + 1) // 2])[:, None]
+
+    def system(decay):
+        return torch.complex(decay, torch.zeros_like(decay))
+
+    def kernel(decay, dt):
+        return s4d_kernel(system(decay), B, C, dt, L, "bilinear")
+
+    def response(decay, dt):
+        return s4d_response(system(decay), C, dt, x0, L, "bilinear")
+
+    def state(decay, dt, u):
+        return s4d_final_state(system(decay), B, dt, u, x0, lengths, "bilinear")
+
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(kernel, (decay, dt)) and check(response, (decay, dt))
+        assert check(state, (decay, dt, u))
 
 
 def test_phi():
@@ -198,15 +225,15 @@ def test_zero_decay():
 
 @pytest.mark.parametrize("N", [4, 32, 128])
 def test_the_limit_theorem(N):
-    """Z = G / (1 + rho), and the modulus of rho, in the original coordinates."""
+    """G_norm = G / (2 - b), and the modulus of 1 - b, in the original coordinates."""
     A, B = hippo("legs", N)
-    for omega in (0.2, 5.0, 60.0):
-        M = 1j * omega * torch.eye(N, dtype=WIDE) - A
+    for Omega in (0.2, 5.0, 60.0):
+        M = 1j * Omega * torch.eye(N, dtype=WIDE) - A
         G = torch.linalg.solve(M, B.to(M))
-        Z = torch.linalg.solve(M - torch.outer(B, B) / 2, B.to(M) / 2)
-        rho = 1 - B.to(G) @ G
-        assert abs(rho.abs() - omega / math.hypot(omega, N)) < 1e-11
-        assert relative(Z * (1 + rho), G) < 1e-10
+        G_norm = torch.linalg.solve(M - torch.outer(B, B) / 2, B.to(M) / 2)
+        b = B.to(G) @ G
+        assert abs((1 - b).abs() - Omega / math.hypot(Omega, N)) < 1e-11
+        assert relative(G_norm * (2 - b), G) < 1e-10
 
 
 def test_the_diagonal_system_follows_legs():
@@ -321,7 +348,6 @@ BAD = [
     (ValueError, "x0", {"x0": X[:, :3]}),
     (TypeError, "x", {"x": None}),
 ]
-
 
 CASES = [
     (function, good, *case)
