@@ -14,6 +14,7 @@ import wave
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,7 @@ def resampled(data: SoundData, up: int, down: int) -> SoundData:
         ends = data.starts[split] + data.lengths[split]
         sounds = [
             scipy.signal.resample_poly(every[a:b].double().numpy(), up, down)
-            for a, b in zip(data.starts[split], ends)
+            for a, b in zip(data.starts[split], ends, strict=True)
         ]
         sizes = torch.tensor([len(sound) for sound in sounds])
         rounded = np.concatenate(sounds).round().clip(-(2**15), 2**15 - 1)
@@ -369,14 +370,16 @@ class CepstrumClassifier(nn.Module):
 
     def forward(self, u: Tensor, lengths: Tensor) -> Tensor:
         """Map waveforms (B, L, 1) to logits (B, 10)."""
-        found = [self.features(v[:n, 0].numpy()) for v, n in zip(u, lengths)]
+        found = [
+            self.features(v[:n, 0].numpy()) for v, n in zip(u, lengths, strict=True)
+        ]
         return self.map(self.scale(torch.from_numpy(np.stack(found)).float()))
 
     def features(self, u: np.ndarray) -> np.ndarray:
         """Map one waveform (n,) to (parts * coefficients,) numbers."""
         frames = cepstrum(u, self.coefficients, self.hz)
         at = np.linspace(0, len(frames), self.parts + 1)
-        parts = [frames[int(a) : max(int(b), int(a) + 1)] for a, b in zip(at, at[1:])]
+        parts = [frames[int(a) : max(int(b), int(a) + 1)] for a, b in pairwise(at)]
         return np.concatenate([part.mean(0) for part in parts])
 
 
@@ -501,7 +504,7 @@ def _keep(path: Path, run: dict, parts: tuple) -> None:
 def _resume(path: Path, parts: tuple) -> dict:
     """Read what _keep has written, into a model and its optimiser."""
     run = torch.load(path)
-    for part, state in zip(parts, run.pop("states")):
+    for part, state in zip(parts, run.pop("states"), strict=True):
         part.load_state_dict(state)
     torch.set_rng_state(run.pop("random"))
     return run

@@ -53,9 +53,9 @@ def test_listeners_answer_words_of_any_length(name):
 
 
 def test_an_unknown_listener_or_rate_is_named():
-    with pytest.raises(ValueError, match="name: expected .*'waveform'.*'gru'"):
+    with pytest.raises(ValueError, match=r"name: expected .*'waveform'.*'gru'"):
         make_listener("gru")
-    with pytest.raises(ValueError, match="rate: expected .*4.*got 3"):
+    with pytest.raises(ValueError, match=r"rate: expected .*4.*got 3"):
         small()(torch.randn(1, 64, 1), torch.tensor([64]), 3)
 
 
