@@ -50,6 +50,7 @@ __all__ = [
     "TRIED",
     "run_speech",
     "record_speech",
+    "warped",
 ]
 
 
@@ -658,3 +659,21 @@ def record_speech(
         getattr(models["s4"], part).save_pretrained(beside / part)
     found = provenance(command, seed) | found
     write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def warped(f: float, hz: float, rate: float) -> float:
+    """Return where a mode resonates at another rate.
+
+    Args:
+        f: where it does at rate 1, in Hz, below hz / 2.
+        hz: samples a second at rate 1.
+        rate: how many of those steps one step spans.
+
+    Returns:
+        The resonance in Hz.
+
+    Source: Oppenheim and Schafer 2010, section 7.2.2; book/speech.md.
+    """
+    T = 1 / hz
+    turned = math.atan(rate * math.tan(math.pi * f * T))
+    return turned / (math.pi * rate * T)
