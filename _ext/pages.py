@@ -141,6 +141,7 @@ POLICY = {
     "style-src": "'self' file: 'unsafe-inline'",
     "img-src": "'self' file: data: blob:",
     "font-src": "'self' file: data:",
+    "media-src": "'self' file: data:",
     "object-src": "'none'",
     "base-uri": "'none'",
     "form-action": "'self' file:",

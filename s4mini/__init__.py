@@ -71,6 +71,7 @@ and ``help(s4mini.kernel)`` and the like tell more:
     bench           How we measure
     lra             Lists and paths
     ablation        Does the beginning matter?
+    filters         Kernels as pictures
     selective       A step that listens
     official        Reading official checkpoints
     checks          Errors that help
@@ -175,6 +176,7 @@ _MODULES = (
     "bench",
     "lra",
     "ablation",
+    "filters",
     "selective",
     "official",
     "checks",

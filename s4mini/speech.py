@@ -44,7 +44,7 @@ __all__ = [
     "make_listener",
     "held_out",
     "answers",
-    "accuracy",
+    "share_right",
     "train_listener",
     "half_rate",
     "TRIED",
@@ -450,7 +450,7 @@ def answers(
     return torch.cat(found)
 
 
-def accuracy(
+def share_right(
     model: nn.Module, data: SoundData, split: str, index: Tensor, rate: int = 1
 ) -> float:
     """Return the share of right answers; the arguments are those of answers.
@@ -542,7 +542,7 @@ def train_listener(
     for epoch in range(len(run["curve"]), epochs):
         start = time.process_time()
         loss = _epoch(model, data, train, *parts[1:])
-        share = accuracy(model, data, "train", validation)
+        share = share_right(model, data, "train", validation)
         run["curve"].append({"epoch": epoch + 1, "train": loss, "validation": share})
         if share >= run["best"]:
             weights = model.state_dict().items()
@@ -577,12 +577,12 @@ def half_rate(model: nn.Module, data: SoundData, half: SoundData) -> dict[str, f
     """
     test = torch.arange(data.count("test"))
     found = {
-        "full": accuracy(model, data, "test", test),
-        "untold": accuracy(model, half, "test", test),
-        "interpolated": accuracy(model, resampled(half, 2, 1), "test", test),
+        "full": share_right(model, data, "test", test),
+        "untold": share_right(model, half, "test", test),
+        "interpolated": share_right(model, resampled(half, 2, 1), "test", test),
     }
     if isinstance(model, SpeechNet):
-        found["rate"] = accuracy(model, half, "test", test, 2)
+        found["rate"] = share_right(model, half, "test", test, 2)
     return found
 
 
