@@ -56,7 +56,14 @@ def energy_within(K: Tensor, width: int) -> Tensor:
 
 
 def rows_to_half(K: Tensor, width: int) -> Tensor:
-    """Return in how many rows half of each kernel's energy lies: (...), >= 1.
+    """Return in how many rows half of each kernel's energy lies.
+
+    Args:
+        K: (..., L) kernels; L a multiple of width.
+        width: pixels in a row.
+
+    Returns:
+        (...) int64, at least 1.
 
     Source: book/filters.md.
     """

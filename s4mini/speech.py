@@ -410,7 +410,12 @@ def make_listener(name: str, hz: int = 8000) -> nn.Module:
 def held_out(data: SoundData) -> tuple[Tensor, Tensor]:
     """Return which training recordings to train on, and which to validate on.
 
-    Of the 45 of each speaker and digit the last five are for validation.
+    Args:
+        data: the spoken digits.
+
+    Returns:
+        The numbers of recordings to train on, and of those to validate on:
+        the last five of each speaker and digit.
 
     Source: book/speech.md.
     """
@@ -453,7 +458,17 @@ def answers(
 def share_right(
     model: nn.Module, data: SoundData, split: str, index: Tensor, rate: int = 1
 ) -> float:
-    """Return the share of right answers; the arguments are those of answers.
+    """Return the share of right answers.
+
+    Args:
+        model: as in answers.
+        data: as in answers.
+        split: as in answers.
+        index: as in answers.
+        rate: as in answers.
+
+    Returns:
+        A number from 0 to 1.
 
     Source: book/speech.md.
     """
