@@ -17,6 +17,7 @@ from itertools import dropwhile
 from queue import Empty
 from shutil import which
 
+import pytest
 from jupytext.myst import matches_mystnb, myst_to_notebook
 from nbval.kernel import RunningKernel
 from nbval.plugin import IPyNbCell, IPyNbFile, find_comment_markers, find_metadata_tags
@@ -37,6 +38,22 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 ANSI_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 CELL_LINE = re.compile(r"Cell In\[\d*\], line (\d+)")
 EXCEPTION = re.compile(r"^\w+(?:Error|Exception|Exit|Interrupt|Warning)\b.*$", re.MULTILINE)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow: runs with --slow")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(skip)
 
 
 def pytest_collect_file(file_path, parent):

@@ -22,7 +22,14 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["write_atomically", "write_together", "WEIGHTS", "CONFIG", "Savable"]
+__all__ = [
+    "write_atomically",
+    "write_together",
+    "WEIGHTS",
+    "CONFIG",
+    "Savable",
+    "saved_class",
+]
 
 _COUNTER = count()  # tells the threads of one process apart
 
@@ -294,7 +301,11 @@ def _read_note(path: Path, text: str | None) -> dict:
         allowed = " or ".join(_CODES)
         raise ValueError(f"dtype: expected {allowed}, got {note['dtype']!r}")
     copy = path.with_name(CONFIG)
-    if copy.exists() and json.loads(copy.read_text("utf8")) != note:
+    try:
+        agrees = not copy.exists() or json.loads(copy.read_text("utf8")) == note
+    except (ValueError, RecursionError):  # it is damaged
+        agrees = False
+    if not agrees:
         raise ValueError(f"{CONFIG} says other than the note in {WEIGHTS}")
     return note
 
@@ -305,14 +316,21 @@ _DAMAGE = AttributeError, KeyError, RecursionError, TypeError, ValueError
 _S = TypeVar("_S", bound=Savable)
 
 
-def _load(kind: type[_S], folder: Path) -> _S:
-    """Make a module from the folder that it was saved to."""
-    path, library = folder / WEIGHTS, _optional("safetensors")
-    if not path.is_file():
+def _weights_in(folder: Path) -> Path:
+    """Return the weights file of a folder; say why it cannot be read."""
+    path = folder / WEIGHTS
+    if not path.exists():
         raise FileNotFoundError(
             f"{path}: not found; from_pretrained reads a folder that "
             "save_pretrained has written"
         )
+    path.open("rb").close()  # its error names the reason; safetensors' does not
+    return path
+
+
+def _load(kind: type[_S], folder: Path) -> _S:
+    """Make a module from the folder that it was saved to."""
+    path, library = _weights_in(folder), _optional("safetensors")
     try:
         with library.safe_open(path, "pt") as file:
             note = _read_note(path, (file.metadata() or {}).get("s4mini"))
@@ -358,3 +376,27 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], shared: dict) -> None:
     for name, first in shared.items():
         home, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(home), leaf, module.get_parameter(first))
+
+
+def saved_class(folder: str | Path) -> str:
+    """Tell of which class the module is that was saved to a folder.
+
+    Args:
+        folder: a folder on this machine.
+
+    Returns:
+        The name of the class, as the note in the weights file says it.
+
+    Raises:
+        FileNotFoundError: the folder, or the file in it, is missing.
+        ModuleNotFoundError: safetensors is missing.
+        ValueError: the file is damaged.
+
+    Source: book/saving.md.
+    """
+    path, library = _weights_in(Path(folder)), _optional("safetensors")
+    try:
+        with library.safe_open(path, "pt") as file:
+            return _read_note(path, (file.metadata() or {}).get("s4mini"))["class"]
+    except (*_DAMAGE, library.SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from error

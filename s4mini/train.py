@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -39,7 +40,7 @@ from s4mini.checks import check_choice, check_int, check_positive
 from s4mini.data import SequenceData, Split, from_tensors, whole
 from s4mini.model import S4Model, parameter_groups
 from s4mini.recipes import Recipe, build, check_recipe, load_data, sizes_of
-from s4mini.saving import write_atomically
+from s4mini.saving import saved_class, write_atomically
 from s4mini.tasks import S4Forecaster
 
 __all__ = [
@@ -802,16 +803,33 @@ class Result:
         return json.dumps(content, indent=1)
 
 
-def _read_checkpoint(path: Path, recipe: Recipe) -> dict:
+def _check_whole(kept: dict, module: nn.Module) -> None:
+    """Refuse a checkpoint in which something is missing or does not fit."""
+    done, weights = kept["epoch"] + 1, kept["state_dict"]
+    if [row["epoch"] for row in kept["history"]] != list(range(1, done + 1)):
+        raise ValueError(f"its history has not the {done} epochs it tells")
+    sizes = {name: v.shape for name, v in weights.items()}
+    if sizes != {name: v.shape for name, v in module.state_dict().items()}:
+        raise ValueError("its weights are not those of the model")
+    if not all(v.isfinite().all() for v in weights.values()):
+        raise ValueError("a weight is not finite")
+    (optimizer,), (rates,) = kept["optimizer_states"], kept["lr_schedulers"]
+    learnt = sum(len(group["params"]) for group in optimizer["param_groups"])
+    if learnt != len(list(module.parameters())):
+        raise ValueError("its optimiser is not that of the model")
+    if rates["last_epoch"] != kept["global_step"] or not kept["loops"]["fit_loop"]:
+        raise ValueError("its counts of steps differ")
+
+
+def _read_checkpoint(path: Path, recipe: Recipe, module: nn.Module) -> dict:
     """Return a checkpoint if it can be read and belongs to the recipe."""
     try:
+        with zipfile.ZipFile(path) as parts:  # it has a checksum for each part
+            if part := parts.testzip():
+                raise ValueError(f"{part} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, history = checkpoint["recipe"], checkpoint["history"]
-        done = checkpoint["epoch"] + 1
-        if [row["epoch"] for row in history] != list(range(1, done + 1)):
-            raise ValueError(f"its history has not the {done} epochs it tells")
-        if not all(v.isfinite().all() for v in checkpoint["state_dict"].values()):
-            raise ValueError("a weight is not finite")
+        theirs = dict(checkpoint["recipe"])
+        _check_whole(checkpoint, module)
     except Exception as error:
         said = str(error).split("\n")[0]
         raise ValueError(
@@ -927,10 +945,12 @@ def fit(
     data = load_data(recipe) if data is None else as_data(data)
     recipe = _check_data(recipe, data)
     module, batches = Learner(recipe, **sizes_of(data)), RecipeData(recipe, data)
-    with only_writer(out), _signals(out) as asked:
+    used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    apart = torch.random.fork_rng(used)  # the caller's numbers go on where they were
+    with only_writer(out), _signals(out) as asked, apart:
         at = out / "last.ckpt" if resume and (out / "last.ckpt").exists() else None
         if at:
-            module.history = _read_checkpoint(at, recipe)["history"]
+            module.history = _read_checkpoint(at, recipe, module)["history"]
         if rank_zero_only.rank == 0:
             content = json.dumps(asdict(recipe), indent=1)
             write_atomically(out / "recipe.json", f"{content}\n".encode())
@@ -1038,11 +1058,10 @@ def load_run(folder: str | Path) -> tuple[S4Model | S4Forecaster, Recipe]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; not the folder of a run")
     try:
-        recipe = Recipe(**json.loads(path.read_text()))
-        config = json.loads(Path(folder, "config.json").read_text("utf8"))
-    except (ValueError, TypeError) as error:
+        recipe = Recipe(**json.loads(path.read_text("utf8")))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected a recipe: {error}") from error
-    forecasts = config.get("class") == "S4Forecaster"
+    forecasts = saved_class(folder) == "S4Forecaster"
     kind = S4Forecaster if forecasts else S4Model
     return kind.from_pretrained(folder), recipe
 
