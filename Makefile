@@ -1,5 +1,6 @@
 # make book    the rendered book, in _build/html      make test   everything tested
 # make lab     the chapters as notebooks              make data   the data sets
+# make pdf     the site as one PDF
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -10,13 +11,18 @@ export KEOPS_VERBOSE = 0
 export GOMP_SPINCOUNT = 10000
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: axe book test lab notebooks tangle data check clean
+.PHONY: axe pdf book test lab notebooks tangle data check clean
 
 book: $(VENV)/.ready
 	@$(BIN)/python tools/tangle.py
 	@$(BIN)/python tools/build.py
 
+# The printed book: the site's pages one after the other, in _build/book.pdf.
+pdf: book
+	@$(BIN)/python tools/pdf.py
+
 test: $(VENV)/.ready check
+	@test -f _build/axe.min.js || ! command -v npm >/dev/null || $(MAKE) --no-print-directory axe || echo "no axe-core: its tests are skipped"
 	$(BIN)/python -m pytest
 
 lab: $(VENV)/.ready
