@@ -7,6 +7,7 @@
 * A figure's ``alt`` text reaches its image, and figures without one are a warning.
 * Exported cells that define nothing public, only imports or private helpers, are folded.
 * A page describes itself to search engines and previews by its first paragraphs.
+* References are named by author and year, as the text cites them.
 * The repository's button is shown where the configuration says where that is.
 * A page tells the browser that nothing may come from elsewhere, nor be sent there, and
   asks for no font in a way that is refused to a page opened as a file.
@@ -20,6 +21,9 @@ from pathlib import Path
 from shutil import copy2
 
 from docutils import nodes
+from pybtex.plugin import register_plugin
+from pybtex.style.formatting.plain import Style
+from pybtex.style.labels import BaseLabelStyle
 from sphinx.util import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -189,6 +193,30 @@ def copy_plotly(app, exception):
         copy2(source, Path(app.outdir) / "_static" / "plotly.min.js")
 
 
+class AuthorYearLabels(BaseLabelStyle):
+    """Name a reference as the text cites it; a letter tells apart what would read the same."""
+
+    def format_labels(self, entries):
+        plain = [self.label(entry) for entry in entries]
+        for place, label in enumerate(plain):
+            before = plain[:place].count(label)
+            yield label + ("abcdefgh"[before] if plain.count(label) > 1 else "")
+
+    def label(self, entry) -> str:
+        """Return the names of one author or two, or the first of more, and the year."""
+        people = entry.persons.get("author") or entry.persons.get("editor") or []
+        names = [" ".join(map(str, (*p.rich_prelast_names, *p.rich_last_names))) for p in people]
+        many = len(names) > 2 or names[1:] == ["others"]
+        who = f"{names[0]} et al." if many else " and ".join(names)
+        return f"{who}, {entry.fields.get('year', 'n.d.')}"
+
+
+class AuthorYearStyle(Style):
+    """The plain style of references, with labels by author and year."""
+
+    default_label_style = AuthorYearLabels
+
+
 def check_alt(app, doctree):
     """Warn about images without alternative text; the build makes warnings errors."""
     for image in doctree.findall(nodes.image):
@@ -197,6 +225,7 @@ def check_alt(app, doctree):
 
 
 def setup(app):
+    register_plugin("pybtex.style.formatting", "author_year", AuthorYearStyle)
     os.environ["S4MINI_BOOK_BUILD"] = "1"  # inherited by the kernels: see book/figures.md
     app.connect("config-inited", offer_repository, priority=900)
     app.connect("doctree-resolved", add_badges)

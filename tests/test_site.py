@@ -19,9 +19,12 @@ from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 import torch
 from playwright.sync_api import sync_playwright
+from pybtex.database import Entry, Person
 
+from _ext.pages import AuthorYearLabels
 from s4mini.discretization import discretize
 from s4mini.projection import hippo, reconstruct
+from tools.pdf import reading_order
 from tools.tangle import chapters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -351,6 +354,11 @@ def test_every_page_of_the_contents_is_rendered(site):
     assert pages <= set(PAGES)
 
 
+def test_the_printed_book_has_every_page_in_order():
+    printed = [stem for _, stems in reading_order(ROOT) for stem in stems]
+    assert printed == [page.stem for page in chapters(ROOT)]
+
+
 def test_index_leads_to_the_first_page(windows, site):
     with opened(windows["desktop"], f"{site}index.html") as (page, wrong):
         first = chapters(ROOT)[0].relative_to(ROOT).with_suffix(".html").as_posix()
@@ -630,6 +638,20 @@ def test_barriers_are_caught(windows, defective):
     with opened(windows["phone"], f"{defective}0.html") as (page, _):
         page.set_content('<html lang="en"><title>A page</title><input type="range">')
         assert [item.split(":")[0] for item in barriers(page)] == ["label"]
+
+
+def test_references_are_named_as_the_text_cites_them():
+    def entry(year, *names):
+        return Entry("misc", {"year": year}, {"author": [Person(name) for name in names]})
+
+    entries = [entry("1960", "Kalman, R."), entry("2022", "Gu, A.", "Goel, K.", "Ré, C.")]
+    entries += [entry("2022", "Gu, A.", "others"), entry("2020", "van den Oord, A.", "B, C.")]
+    assert list(AuthorYearLabels().format_labels(entries)) == [
+        "Kalman, 1960",
+        "Gu et al., 2022a",
+        "Gu et al., 2022b",
+        "van den Oord and B, 2020",
+    ]
 
 
 def test_broken_links_are_caught(tmp_path):
