@@ -53,7 +53,7 @@ and ``help(s4mini.kernel)`` and the like tell more:
     cauchy_sum      Sums of simple fractions
     kernel          The S4 kernel
     tables          The kernel by two tables
-    fused           One program for the kernel
+    fused           One program for the sums
     recurrence      Stepping in linear time
     diagonal        Diagonal systems
     layer           The layer

@@ -108,7 +108,13 @@ def _line_2(
     modes, columns = damp(step * Lambda[..., None, :], step * columns, L)
     v = rows[..., :, None, :] * columns[..., None, :, :]
     x, y = nodes(L, dt.dtype, dt.device)
-    k = cauchy(v.flatten(-3, -2), modes[..., 0, :], x, y, backend)
+    sums = v.flatten(-3, -2), modes[..., 0, :], x, y
+    if backend == "triton":
+        from s4mini.fused import fused_cauchy
+
+        k = fused_cauchy(*sums)
+    else:
+        k = cauchy(*sums, "keops" if backend == "keops" else "torch")
     return k.unflatten(-2, v.shape[-3:-1])
 
 
@@ -127,22 +133,6 @@ def _line_3(k: Tensor, x: Tensor, y: Tensor, tau: float) -> Tensor:
             for row in rows
         ]
     return (1 + tau) * torch.complex(y, x / 2) * rows[0][0]
-
-
-def _by_triton(Lambda, P, B, C_tilde, dt, L) -> Tensor:
-    """Return K_hat (..., M) with the program of the chapter fused."""
-    from s4mini.fused import _fused_spectrum
-
-    shapes = Lambda.shape[:-1], P.shape[:-2], B.shape[:-1]
-    batch = torch.broadcast_shapes(*shapes, C_tilde.shape[:-1], dt.shape)
-    n, r = P.shape[-2:]
-    Lambda, B, C_tilde = (
-        t.expand(*batch, n).reshape(-1, n) for t in (Lambda, B, C_tilde)
-    )
-    P = P.expand(*batch, n, r).reshape(-1, n, r)
-    dt = dt.expand(batch).reshape(-1)
-    K_hat = _fused_spectrum(Lambda, P, B, C_tilde, dt, L)
-    return K_hat.reshape(*batch, -1)
 
 
 def backends() -> dict[str, str]:
@@ -192,12 +182,8 @@ def _damped(
 ) -> Tensor:
     """Return the kernel by Algorithm 1 on the smaller circle."""
     C_tilde = _line_1(Lambda, P, C, dt, L)
-    if backend == "triton":
-        K_hat = _by_triton(Lambda, P, B, C_tilde, dt, L)
-    else:
-        sums = "keops" if backend == "keops" else "torch"
-        k = _line_2(Lambda, P, B, C_tilde, dt, L, sums)
-        K_hat = _line_3(k, *nodes(L, dt.dtype, dt.device), math.tanh(0.5 / L))
+    k = _line_2(Lambda, P, B, C_tilde, dt, L, backend)
+    K_hat = _line_3(k, *nodes(L, dt.dtype, dt.device), math.tanh(0.5 / L))
     growth = torch.arange(L, device=dt.device, dtype=torch.float64) / L
     return torch.fft.irfft(K_hat, n=L) * growth.exp().to(dt.dtype)
 
@@ -229,9 +215,9 @@ def dplr_kernel(
         dt: step of the bilinear rule, a number or (...), in time, > 0.
         L: length of the kernel, >= 1.
         backend: "tables" multiplies two tables of powers, and is what "auto"
-            takes; the others are Algorithm 1, with lines 2 and 3 done by
-            "cauchy" with plain tensors, "keops" as a compiled formula,
-            "triton" on a graphics processor (first derivatives only).
+            takes; the others are Algorithm 1, with line 2 done by "cauchy"
+            with plain tensors, "keops" as a compiled formula, "triton" as
+            a program for a graphics processor.
 
     Returns:
         K (..., L) real, K_l = 2 Re(C A_bar^l B_bar), in output/input. Batch

@@ -1,4 +1,4 @@
-"""The kernel as one program of Triton; without a GPU, in Triton's interpreter."""
+"""The Cauchy sums by a program of Triton; without a GPU, in Triton's interpreter."""
 
 import json
 import math
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from s4mini import fused
-from s4mini.fused import fused_spectrum, triton_available
+from s4mini.cauchy_sum import cauchy_naive, damp, nodes
+from s4mini.fused import fused_cauchy, triton_available
 from s4mini.kernel import dplr_kernel
 from s4mini.lowrank import half_spectrum, nplr
 
@@ -21,102 +22,106 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 
 @pytest.fixture
 def triton(monkeypatch):
-    """Switch Triton's interpreter on where there is no GPU, and choose small blocks."""
+    """Switch Triton's interpreter on where there is no GPU."""
     if DEVICE.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(fused, "_BLOCK", {1: 8, 2: 4})
 
 
-def system(h, n, r, seed=0, dtype=torch.complex128):
-    """Return Lambda, P, B, C_tilde, dt of random stable systems."""
+def system(*batch, k=4, n=3, L=9, seed=0, dtype=torch.complex128):
+    """Return v, Lambda, x, y of random stable modes."""
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(h, n, r + 3, generator=generator, dtype=torch.complex128)
-    Lambda = torch.complex(-z[..., 0].real.abs(), 5 * z[..., 0].imag)
-    dt = torch.rand(h, generator=generator, dtype=torch.float64) + 0.1
-    tensors = [t.to(DEVICE, dtype) for t in (Lambda, z[..., 3:], z[..., 1], z[..., 2])]
-    return [*tensors, dt.to(DEVICE, dtype.to_real())]
+    z = torch.randn(*batch, k + 1, n, generator=generator, dtype=torch.complex128)
+    Lambda = torch.complex(-0.1 - z[..., 0, :].real.abs(), 3 * z[..., 0, :].imag)
+    parts = [t.to(DEVICE, dtype) for t in (z[..., 1:, :], Lambda)]
+    return [*parts, *nodes(L, dtype.to_real(), DEVICE)]
 
 
-def reference(Lambda, P, B, C_tilde, dt, L):
-    """Return K_hat (h, M) in X and Y, with all fractions and an r x r solve."""
-    Lambda, P, B, C_tilde = (t.cpu().to(torch.complex128) for t in (Lambda, P, B, C_tilde))
-    theta = 2 * math.pi / L * torch.arange(L // 2 + 1).double()
-    tau, rho = math.tanh(0.5 / L), math.exp(-1 / L)
-    s, c = (theta / 2).sin(), (theta / 2).cos()
-    X, Y = 2 * torch.complex(tau * c, s), torch.complex(c, tau * s)
-    rows = torch.cat((C_tilde[:, None], P.mH), 1)  # (h, 1 + r, n)
-    columns = torch.cat((B[:, None], P.mT), 1)
-    dt = dt.cpu().double()[:, None, None, None]
-    v = (dt * rows[:, :, None] * columns[:, None])[..., None]
-    lam = (dt * Lambda[:, None, None])[..., None]
-    p = (v / (X - Y * lam) + v.conj() / (X - Y * lam.conj())).sum(-2).movedim(-1, 1)
-    middle = torch.eye(P.shape[-1]) + Y[:, None, None] * p[..., 1:, 1:]
-    y = torch.linalg.solve(middle, p[..., 1:, 0])
-    inner = p[..., 0, 0] - Y * (p[..., 0, 1:] * y).sum(-1)
-    return 2 / (1 + rho) * torch.complex(c, s) * inner
+def wide(tensors):
+    return [t.to(torch.promote_types(t.dtype, torch.float64)) for t in tensors]
 
 
-def compare(tensors, L, tolerance):
-    """Assert that values and gradients are the reference's."""
+def compare(tensors, tolerance):
+    """Assert that values and gradients are those of the complex sums."""
     results = []
-    for function in (fused_spectrum, reference):
-        leaves = [t.detach().clone().requires_grad_() for t in tensors]
-        K_hat = function(*leaves, L).cpu()
-        generator = torch.Generator().manual_seed(L)
-        G = torch.randn(K_hat.shape, generator=generator, dtype=torch.complex128)
-        grads = torch.autograd.grad(K_hat, leaves, G.to(K_hat))
-        results.append([t.cpu() for t in (K_hat, *grads)])
+    for function, given in ((fused_cauchy, tensors), (cauchy_naive, wide(tensors))):
+        leaves = [t.detach().clone().requires_grad_() for t in given[:2]]
+        k = function(*leaves, *given[2:])
+        generator = torch.Generator().manual_seed(1)
+        g = torch.randn(k.shape, generator=generator, dtype=torch.complex128)
+        results.append([k, *torch.autograd.grad(k, leaves, g.to(k))])
     for got, expected in zip(*results, strict=True):
+        assert got.shape == expected.shape
         assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("h", "n", "r", "L"),
-    [
-        (1, 1, 1, 1),
-        (2, 2, 1, 2),
-        (2, 3, 1, 9),
-        (1, 2, 1, 33),
-        (1, 1, 2, 1),
-        (1, 2, 2, 2),
-        (2, 2, 2, 9),
-    ],
-)
-def test_values_and_gradients(triton, h, n, r, L):
-    compare(system(h, n, r, seed=L), L, 1e-12)
+@pytest.mark.parametrize("L", [1, 2, 9, 300])
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_values_and_gradients(triton, k, L):
+    compare(system(2, k=k, n=2, L=L, seed=L), 1e-12)
 
 
 @needs_triton
 def test_single_precision(triton):
-    tensors = system(2, 2, 1, dtype=torch.complex64)
-    K_hat = fused_spectrum(*tensors, 9)
-    assert K_hat.dtype == torch.complex64 and K_hat.shape == (2, 5)
-    compare(tensors, 9, 1e-5)
+    tensors = system(2, dtype=torch.complex64)
+    assert fused_cauchy(*tensors).dtype == torch.complex64
+    compare(tensors, 1e-5)
 
 
 @needs_triton
-@pytest.mark.parametrize("r", [1, 2])
-def test_finite_differences(triton, r):
-    tensors = [t.requires_grad_() for t in system(1, 1, r)]
-    assert torch.autograd.gradcheck(lambda *t: fused_spectrum(*t, 2), tensors, fast_mode=True)
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("piece", [1, 2, 100])
+def test_pieces_and_powers(triton, adjoint, piece):
+    v, lam, x, y = system(2, k=3, n=5)
+    w = torch.randn(2, 3, len(x), dtype=v.dtype).to(DEVICE) if adjoint else v
+    for p in (1, 2, 3, 4):
+        Phi = y ** (p - 1) / (1j * x - y * lam[..., None]) ** p
+        expected = w @ (Phi.mH if adjoint else Phi)
+        found = fused._start(w, lam, x, y, p, adjoint, piece)
+        assert (found - expected).abs().max() < 1e-13 * expected.abs().max()
+
+
+@needs_triton
+def test_first_and_second_derivatives(triton):
+    v, lam, x, y = system(k=2, n=2, L=3)
+    leaves = [t.requires_grad_() for t in (v, lam)]
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda v, lam: fused_cauchy(v, lam, x, y), leaves)
+
+
+@needs_triton
+def test_third_derivative(triton):
+    """Of the real part of a sum by a shift of its only mode."""
+    v, lam, x, y = system(k=1, n=1, L=5)
+
+    def along(function):
+        a = torch.zeros((), dtype=torch.float64, device=DEVICE, requires_grad=True)
+        value = function(v, lam + a, x, y).real.sum()
+        for _ in range(3):
+            (value,) = torch.autograd.grad(value, a, create_graph=True)
+        return value
+
+    assert torch.allclose(along(fused_cauchy), along(cauchy_naive), rtol=1e-11)
 
 
 @needs_triton
 def test_modes_on_the_axis_and_at_zero(triton):
-    Lambda, P, B, C, dt = system(1, 3, 1)
-    Lambda = torch.complex(0 * Lambda.real, Lambda.imag)
-    Lambda[0, 0] = 0  # an integrator
-    Lambda[0, 1] = 2j / dt[0]  # meets a node of L = 8 on the unit circle
-    assert fused_spectrum(Lambda, P, B, C, dt, 8).isfinite().all()
-    compare([Lambda, P, B, C, dt], 8, 1e-11)
+    v, lam, x, y = system(n=3, L=8)
+    lam = torch.complex(0 * lam.real, lam.imag)
+    lam[0], lam[1] = 0, 2j  # an integrator, and one that meets a node of the circle
+    modes, v = damp(lam.expand_as(v), v, 8)
+    assert fused_cauchy(v, modes[0], x, y).isfinite().all()
+    compare([v, modes[0], x, y], 1e-11)
 
 
 @needs_triton
-@pytest.mark.parametrize("measure", ["legs", "legt"])
-def test_kernels_of_dplr_kernel(triton, measure):
-    half = half_spectrum(nplr(measure, 6))
-    parts = [t.to(DEVICE) for t in (half.Lambda, half.P, half.B, half.V[1])]
+@pytest.mark.parametrize(("measure", "r"), [("legs", 1), ("legt", 2), ("random", 3)])
+def test_kernels_of_dplr_kernel(triton, measure, r):
+    half = half_spectrum(nplr("legs" if measure == "random" else measure, 6))
+    generator = torch.Generator().manual_seed(0)
+    P = torch.randn(3, r, generator=generator, dtype=torch.complex128)
+    P = P if measure == "random" else half.P
+    parts = [t.to(DEVICE) for t in (half.Lambda, P, half.B, half.V[1])]
     for L in (7, 8):
         K = dplr_kernel(*parts, 0.1, L, backend="triton")
         expected = dplr_kernel(*parts, 0.1, L, backend="cauchy")
@@ -124,67 +129,72 @@ def test_kernels_of_dplr_kernel(triton, measure):
 
 
 @needs_triton
+def test_second_derivatives_of_dplr_kernel(triton):
+    half = half_spectrum(nplr("legs", 2))
+    parts = [t.to(DEVICE).clone().requires_grad_() for t in (half.Lambda, half.P, half.B, half.B)]
+    found = []
+    for backend in ("triton", "cauchy"):
+        K = dplr_kernel(*parts, 0.3, 4, backend)
+        first = torch.autograd.grad(K.square().sum(), parts, create_graph=True)
+        total = sum(g.abs().square().sum() for g in first)
+        found.append(torch.autograd.grad(total, parts))
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, rtol=1e-9, atol=1e-12)
+
+
+@needs_triton
+def test_batch_axes_broadcast(triton):
+    v, lam, x, y = system(2, 3)
+    k = fused_cauchy(v, lam[0], x, y)
+    assert k.shape == (2, 3, 4, 5)
+    assert torch.allclose(k[1, 2], fused_cauchy(v[1, 2], lam[0, 2], x, y), rtol=1e-12)
+    assert torch.allclose(k, cauchy_naive(v, lam[0], x, y), rtol=1e-12)
+
+
+@needs_triton
 def test_the_same_digits_each_time(triton):
-    rows = fused._mode_rows(*system(1, 2, 1, dtype=torch.complex64))
-    G = fused._spectrum(rows, 17)
-    assert torch.equal(G, fused._spectrum(rows, 17))
-    assert torch.equal(fused._gradient(G, rows, 17), fused._gradient(G, rows, 17))
+    v, lam, x, y = system(2, dtype=torch.complex64)
+    g = fused._start(v, lam, x, y, 1, False, 2)
+    assert torch.equal(g, fused._start(v, lam, x, y, 1, False, 2))
+    adjoint = [fused._start(g, lam, x, y, 1, True, 2) for _ in range(2)]
+    assert torch.equal(*adjoint)
 
 
 @needs_triton
 def test_views_and_conjugates_are_read_as_they_are(triton):
-    Lambda, P, B, C, dt = system(2, 3, 1)
-    odd = [Lambda.mT.contiguous().mT, P.conj(), B.flip(0).flip(0), C.conj(), dt[:1].expand(2)]
+    v, lam, x, y = system(2)
+    odd = [v.conj(), lam.mT.contiguous().mT, x.flip(0).flip(0), y[::1]]
     plain = [t.resolve_conj().clone() for t in odd]
-    assert torch.equal(fused_spectrum(*odd, 5), fused_spectrum(*plain, 5))
-    leaf = Lambda.clone().requires_grad_()
-    K_hat = fused_spectrum(leaf, P, B, C, dt, 5)
-    (K_hat.conj() * K_hat).real.sum().backward()  # a conjugate gradient arrives
-    again = Lambda.cpu().clone().requires_grad_()
-    reference(again, P, B, C, dt, 5).abs().square().sum().backward()
-    assert torch.allclose(leaf.grad.cpu(), again.grad, rtol=1e-10)
+    assert torch.equal(fused_cauchy(*odd), fused_cauchy(*plain))
+    leaf, again = (lam.clone().requires_grad_() for _ in range(2))
+    k = fused_cauchy(v, leaf, x, y)
+    (k.conj() * k).real.sum().backward()  # a conjugate gradient arrives
+    cauchy_naive(v, again, x, y).abs().square().sum().backward()
+    assert torch.allclose(leaf.grad, again.grad, rtol=1e-10)
 
 
 @needs_triton
-def test_operators_keep_their_promises(triton):
-    rows = fused._mode_rows(*system(1, 2, 1)).requires_grad_()
-    G = fused._spectrum(rows, 5).detach()
-    torch.library.opcheck(fused._spectrum, (rows, 5))
-    torch.library.opcheck(fused._gradient, (G, rows.detach(), 5))
+def test_the_operator_keeps_its_promises(triton):
+    v, lam, x, y = system(1)
+    g = fused._sums(v, lam, x, y, 1, False)
+    for w, adjoint in ((v, False), (g, True)):
+        leaves = [t.clone().requires_grad_() for t in (w, lam)]
+        torch.library.opcheck(fused._sums, (*leaves, x, y, 1, adjoint))
 
 
 @needs_triton
 def test_one_graph_when_compiled(triton):
-    def loss(*tensors):
-        return torch.fft.irfft(fused._fused_spectrum(*tensors, 9), n=9).sin().sum()
+    v, lam, x, y = system(2)
 
-    tensors = [t.requires_grad_() for t in system(1, 2, 1)]
-    one = torch.compile(loss, fullgraph=True, backend="aot_eager")(*tensors)
-    two = loss(*tensors)
+    def loss(v, lam):
+        return torch.view_as_real(fused_cauchy(v, lam, x, y)).sin().sum()
+
+    leaves = [t.requires_grad_() for t in (v, lam)]
+    one = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    two = loss(*leaves)
     assert torch.allclose(one, two)
-    both = (torch.autograd.grad(value, tensors) for value in (one, two))
+    both = (torch.autograd.grad(value, leaves) for value in (one, two))
     assert all(torch.allclose(p, q) for p, q in zip(*both, strict=True))
-
-
-@needs_triton
-def test_no_second_derivative(triton):
-    tensors = [t.requires_grad_() for t in system(1, 1, 1)]
-    K_hat = fused_spectrum(*tensors, 3)
-    (gradient,) = torch.autograd.grad(K_hat.abs().square().sum(), tensors[:1], create_graph=True)
-    with pytest.raises(NotImplementedError, match="has no second derivative"):
-        torch.autograd.grad(gradient.abs().square().sum(), tensors[:1])
-
-
-@pytest.mark.parametrize("L", [1, 2, 3, 64, 1001, 10**6])
-def test_points(L):
-    Z = torch.view_as_complex(fused._points(L, torch.float64, torch.device("cpu")))
-    tau = math.tanh(0.5 / L)
-    assert Z.shape == (L // 2 + 1,) and (Z.real > 0).all() and (Z.imag >= 0).all()
-    assert math.isclose(Z[0].real, 2 * tau, rel_tol=1e-14) and Z[0].imag == 0
-    distance = (Z - (tau + 1 / tau)).abs()
-    assert torch.allclose(distance, torch.tensor(1 / tau - tau, dtype=torch.float64), rtol=1e-12)
-    if L % 2 == 0:
-        assert Z[-1].imag == 0 and math.isclose(Z[-1].real, 2 / tau, rel_tol=1e-14)
 
 
 def run_python(code):
@@ -196,10 +206,22 @@ def run_python(code):
 
 
 MACHINE_CODE = """
-import json, sys
-from s4mini.fused import _assembly
-names = [(p, R) for p in ("_forward", "_backward") for R in (1, 2)]
-print(json.dumps([_assembly(*name) for name in names]))
+import json
+from s4mini.fused import _compiled
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+program, found = _compiled(), []
+integers = {"k": "i32", "n": "i32", "M": "i32", "PIECE": "i32"}
+for K in (4, 16):
+    for P in (1, 2, 3):
+        for adjoint in (False, True):
+            known = {"P": P, "ADJOINT": adjoint, "K": K, "BLOCK": 512 // K}
+            kinds = {name: integers.get(name, "*fp32") for name in program.arg_names}
+            source = ASTSource(program, kinds | dict.fromkeys(known, "constexpr"), known)
+            target, options = GPUTarget("cuda", 90, 32), {"num_warps": 1}
+            found.append(compile(source, target=target, options=options).asm["sass"])
+print(json.dumps(found))
 """
 
 
@@ -218,8 +240,8 @@ def test_importing_does_not_import_triton():
 def test_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert triton_available() == "Triton is not installed"
-    with pytest.raises(RuntimeError, match=r"Triton is not installed; dplr_kernel .*cauchy"):
-        fused_spectrum(*system(1, 1, 1), 3)
+    with pytest.raises(RuntimeError, match="fused_cauchy: Triton is not installed"):
+        fused_cauchy(*system(1))
 
 
 @needs_triton
@@ -228,7 +250,7 @@ def test_without_a_gpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "no CUDA device" in triton_available()
     with pytest.raises(RuntimeError, match="no CUDA device"):
-        fused_spectrum(*system(1, 1, 1), 3)
+        fused_cauchy(*(t.cpu() for t in system(1)))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton_available() == ""
 
@@ -237,35 +259,28 @@ def test_without_a_gpu(monkeypatch):
 def test_tensors_on_the_cpu_beside_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="the tensors are on the CPU"):
-        fused_spectrum(*(t.cpu() for t in system(1, 1, 1)), 3)
-
-
-def replaced(i, value):
-    """Return good arguments with one of them replaced."""
-    arguments = [*(t.cpu() for t in system(2, 3, 1)), 9]
-    arguments[i] = value(arguments[i])
-    return arguments
+    with pytest.raises(RuntimeError, match="the tensors are on cpu"):
+        fused_cauchy(*(t.cpu() for t in system(1)))
 
 
 @pytest.mark.parametrize(
     ("i", "value", "error", "message"),
     [
-        (0, lambda t: t[0], ValueError, "^Lambda: expected shape"),
-        (0, lambda t: -t, ValueError, "^Lambda: expected real parts <= 0"),
-        (0, lambda t: t.tolist(), TypeError, "^Lambda: "),
-        (1, lambda t: t[..., 0], ValueError, "^P: expected shape"),
-        (1, lambda t: t[..., :0], ValueError, "^P: expected no empty axis"),
-        (1, lambda t: t.expand(2, 3, 3), ValueError, "^P: expected rank 1 or 2, got 3"),
-        (2, lambda t: t[:, :2], ValueError, "^B: expected shape"),
-        (3, lambda t: t * math.nan, ValueError, "^C_tilde: expected finite"),
-        (4, lambda t: t[:1], ValueError, "^dt: expected shape"),
-        (4, lambda t: t + 0j, TypeError, "^dt: expected a floating tensor"),
-        (4, lambda t: 0 * t, ValueError, "^dt: expected finite numbers > 0"),
-        (5, lambda L: 0, ValueError, "^L: "),
-        (5, lambda L: 9.0, TypeError, "^L: "),
+        (0, lambda t: t[0, 0], ValueError, "^v: expected shape"),
+        (0, lambda t: t[..., :2], ValueError, "^Lambda: expected shape"),
+        (0, lambda t: t * math.nan, ValueError, "^v: expected finite"),
+        (0, lambda t: t.to(torch.complex64), TypeError, "^v: expected torch.complex128"),
+        (1, lambda t: t[:1].expand(3, 3), ValueError, "^v, Lambda: expected batch axes"),
+        (1, lambda t: t.tolist(), TypeError, "^Lambda: "),
+        (1, lambda t: t.real, TypeError, "^Lambda: expected torch.complex128"),
+        (2, lambda t: t[None], ValueError, "^x: expected shape"),
+        (2, lambda t: t + 0j, TypeError, "^x: expected a floating tensor"),
+        (3, lambda t: t[:2], ValueError, "^y: expected shape"),
+        (3, lambda t: t.float(), TypeError, "^y: expected torch.float64"),
     ],
 )
 def test_bad_arguments(i, value, error, message):
+    arguments = [t.cpu() for t in system(2)]
+    arguments[i] = value(arguments[i])
     with pytest.raises(error, match=message):
-        fused_spectrum(*replaced(i, value))
+        fused_cauchy(*arguments)
