@@ -180,6 +180,7 @@ def keep_memory() -> bool:
 #: What can be measured, and who takes part; ratios refer to the first.
 CONTESTANTS = {
     "kernel": ("ours", "floor", "keops", "direct"),
+    "backends": ("tables", "cauchy", "keops", "triton"),
     "block": ("ours", "free", "keops"),
     "step": ("stepper", "floor", "step", "LSTM"),
     "training": ("ours", "LSTM"),
@@ -307,9 +308,11 @@ def _kernel(case: Case, name: str, device: str, generator: Generator):
         ]
         tables = [t.requires_grad_() for t in tables]
         return _gradients(lambda: tables[0] @ tables[1], tables, generator)
-    module = S4Layer(case.H, case.N, generator=generator)
-    run = partial(module.kernel, case.L)
-    if name != "ours":
+    backend = "auto" if name == "ours" else name
+    if name == "ours" or case.what == "backends":
+        module = S4Layer(case.H, case.N, backend=backend, generator=generator)
+        run = partial(module.kernel, case.L)
+    else:
         keops = name == "keops"
         module = PublishedKernel(case.H, case.N, keops, generator)
         run = partial(module, case.L)
@@ -356,9 +359,9 @@ def rivals(what: str) -> dict[str, str]:
     Source: book/bench.md.
     """
     check_choice("what", what, tuple(CONTESTANTS))
-    return {
-        name: keops_available() if name == "keops" else "" for name in CONTESTANTS[what]
-    }
+    gpu = "" if torch.cuda.is_available() else "there is no CUDA device"
+    absent = {"keops": keops_available(), "triton": gpu}
+    return {name: absent.get(name, "") for name in CONTESTANTS[what]}
 
 
 def prepare(
@@ -386,8 +389,8 @@ def prepare(
     if reasons[name]:
         raise ValueError(f"name: {name} is absent: {reasons[name]}")
     generator = torch.Generator().manual_seed(seed)
-    if case.what in ("kernel", "step"):
-        make = _kernel if case.what == "kernel" else _steps
+    if case.what in ("kernel", "backends", "step"):
+        make = _steps if case.what == "step" else _kernel
         return make(case, name, device, generator)
     module = _module(case, name, generator).to(device)
     features = 1 if case.what == "training" else case.H
@@ -413,8 +416,8 @@ def predicted_bytes(case: Case, name: str) -> int:
     Source: book/bench.md.
     """
     H, L = case.H, case.L
-    if name == "direct":
-        return 192 * H * case.N * (L // 2 + 1)
+    if name in ("direct", "cauchy"):
+        return (192 if name == "direct" else 32) * H * case.N * (L // 2 + 1)
     if name == "LSSL":
         return 4 * (2 * (L - 1).bit_length() + 6) * H**3
     if name == "softmax":
@@ -656,6 +659,9 @@ def cases(options: BenchOptions) -> list[Case]:
     found = [Case("kernel", *size, threads=1) for size in sizes]
     found += [Case("kernel", *size) for size in (sizes[0], sizes[4])]
     found += [Case("kernel", *sizes[0], N=N, threads=1) for N in (16, 256)]
+    for N in (16, 64, 256):
+        lengths = (256, 1024, 4096, 16384, 65536)
+        found += [Case("backends", 8, L, N=N, threads=1) for L in lengths]
     blocks = [(128, 256), *(sizes[i] for i in (0, 1, 3))]
     found += [Case("block", *size, batch=8) for size in blocks]
     found += [Case("block", *sizes[0], batch=8, threads=1)]
