@@ -180,12 +180,12 @@ def keep_memory() -> bool:
 #: What can be measured, and who takes part; ratios refer to the first.
 CONTESTANTS = {
     "kernel": ("ours", "floor", "keops", "direct"),
-    "backends": ("tables", "cauchy", "keops", "triton"),
     "block": ("ours", "free", "keops"),
     "step": ("stepper", "floor", "step", "LSTM"),
     "training": ("ours", "LSTM"),
     "lssl": ("S4", "S4-small", "LSSL"),
     "attention": ("S4", *ATTENTIONS),
+    "backends": ("tables", "cauchy", "keops", "triton"),
 }
 
 

@@ -190,6 +190,9 @@ def table_kernel(
 
     M = 1 << max(0, min(round(math.log2(L) / 2) - 1, int(math.log2(2 * n / r))))
     X, E = krylov_tables(Lambda, P, B.mT, dt, M)
+    if L > M:
+        X, M = torch.cat((X, torch.bmm(E, X).add_(X)), -1), 2 * M
+        E = _Square.apply(E)
     R = grow_rows(real_rows(C).to(dt.dtype), E, -(-L // M))
     K = (R @ X).unflatten(-1, (M, -1)).unflatten(-3, (-1, C.shape[-2]))
     K = K.permute(2, 4, 0, 1, 3).flatten(-2)[..., :L]  # (outputs, inputs, h, L)
