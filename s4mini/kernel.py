@@ -14,73 +14,17 @@ from torch import Tensor
 from s4mini.cauchy_sum import cauchy, damp, keops_available, nodes
 from s4mini.checks import check_int, check_positive, check_tensors, values_can_be_read
 from s4mini.generating import check_batch, truncated_C
+from s4mini.lowrank import real_form
 
-__all__ = ["dplr_difference", "backends", "dplr_kernel"]
-
-
-def _blocks(z: Tensor) -> Tensor:
-    """Return the real matrix that multiplies [Re x; Im x] by z (..., n)."""
-    z = torch.diag_embed(z)
-    top = torch.cat((z.real, -z.imag), -1)
-    return torch.cat((top, torch.cat((z.imag, z.real), -1)), -2)
-
-
-def dplr_difference(Lambda: Tensor, P: Tensor, dt: float | Tensor) -> Tensor:
-    """Return A_bar - I of a half spectrum, in real coordinates.
-
-    Args:
-        Lambda: (..., n) eigenvalues, one of each conjugate pair, in 1/time.
-        P: (..., n, r) low-rank factor, the same modes.
-        dt: step of the bilinear rule, a number or (...), in time, > 0.
-
-    Returns:
-        (..., 2n, 2n) real, dimensionless: the difference for the state
-        [Re x; Im x], accurate also where dt is small.
-
-    Raises:
-        TypeError: an argument is not a tensor of numbers.
-        ValueError: shapes do not agree, an entry is not finite, or dt <= 0.
-
-    Source: book/kernel.md.
-    """
-    check_tensors(Lambda=(Lambda, "... n"), P=(P, "... n r"))
-    dt, Lambda, P = _alike(dt, Lambda=Lambda, P=P)
-    return _difference(Lambda, P, dt)
-
-
-def _difference(Lambda: Tensor, P: Tensor, dt: Tensor) -> Tensor:
-    """Do the work of dplr_difference; nothing is examined."""
-    z = dt[..., None] * Lambda
-    R = 1 / (1 - z / 2)  # (..., n)
-    dt = dt[..., None, None]
-    left, right = R[..., None] * P, R.conj()[..., None] * P
-    small = dt * (P.mH @ left).real  # (..., r, r)
-    small = small + torch.eye(P.shape[-1], dtype=dt.dtype, device=dt.device)
-    left = torch.cat((left.real, left.imag), -2)  # (..., 2n, r)
-    right = torch.cat((right.real, right.imag), -2)
-    low_rank = 2 * dt * (left @ torch.linalg.solve(small, right.mT))
-    return _blocks(z * R) - low_rank
-
-
-def _alike(dt: float | Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
-    """Examine dt and the batch axes; give all one precision."""
-    check_positive("dt", dt)
-    kind, shapes = torch.complex64, {"dt": getattr(dt, "shape", ())}
-    for name, value in tensors.items():
-        kind = torch.promote_types(kind, value.dtype)
-        shapes[name] = value.shape[: -2 if name == "P" else -1]
-    check_batch(**shapes)
-    device = tensors["Lambda"].device
-    real = torch.float64 if kind == torch.complex128 else torch.float32
-    dt = torch.as_tensor(dt, dtype=real, device=device)
-    return dt, *(value.to(kind) for value in tensors.values())
+__all__ = ["backends", "dplr_kernel"]
 
 
 def _line_1(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, L: int) -> Tensor:
     """Return C~ = C (I - A_bar^L / e), of the same half spectrum."""
-    wide = torch.complex128
-    E = _difference(Lambda.to(wide), P.to(wide), dt.double())
-    row = 2 * torch.cat((C.real, -C.imag), -1).double()
+    A, _, row = real_form(*(t.to(torch.complex128) for t in (Lambda, P, C, C)))
+    half = dt.double()[..., None, None] / 2 * A
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    E = 2 * torch.linalg.solve(eye - half, half)
     real, imag = truncated_C(E, row, L, math.exp(-1)).chunk(2, -1)
     return torch.complex(real, -imag).to(C) / 2
 
@@ -188,6 +132,20 @@ def _damped(
     return torch.fft.irfft(K_hat, n=L) * growth.exp().to(dt.dtype)
 
 
+def _alike(dt: float | Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """Examine dt and the batch axes; give all one precision."""
+    check_positive("dt", dt)
+    kind, shapes = torch.complex64, {"dt": getattr(dt, "shape", ())}
+    for name, value in tensors.items():
+        kind = torch.promote_types(kind, value.dtype)
+        shapes[name] = value.shape[: -2 if name == "P" else -1]
+    check_batch(**shapes)
+    device = tensors["Lambda"].device
+    real = torch.float64 if kind == torch.complex128 else torch.float32
+    dt = torch.as_tensor(dt, dtype=real, device=device)
+    return dt, *(value.to(kind) for value in tensors.values())
+
+
 def dplr_kernel(
     Lambda: Tensor,
     P: Tensor,
@@ -237,10 +195,7 @@ def dplr_kernel(
         return whole(Lambda, P, B, C, dt, L, backend)
     L = check_int("L", L)
     check_tensors(
-        Lambda=(Lambda, "... n"),
-        P=(P, "... n r"),
-        B=(B, "... n"),
-        C=(C, "... n"),
+        Lambda=(Lambda, "... n"), P=(P, "... n r"), B=(B, "... n"), C=(C, "... n")
     )
     if values_can_be_read() and (Lambda.real > 0).any():
         raise ValueError(

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from s4mini.cauchy_sum import keops_available
 from s4mini.convolve import krylov_kernel
 from s4mini.discretization import discretize
-from s4mini.kernel import backends, dplr_difference, dplr_kernel
+from s4mini.kernel import backends, dplr_kernel
 from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.projection import hippo
 
@@ -124,20 +125,36 @@ def test_gradients_of_the_backends_agree_in_single_precision():
         assert error(one, two) < 1e-4
 
 
-@pytest.mark.parametrize("r", [1, 2, 3])
-def test_difference_is_the_bilinear_rule(r):
-    Lambda, P, B, C = random_system(2, r=r)
-    A, B, _ = real_form(Lambda, P, B, C)
-    for dt in (1e-3, 0.1, 1.0):
-        A_bar, _ = discretize(A, B, dt)
-        assert torch.allclose(dplr_difference(Lambda, P, dt), A_bar - torch.eye(8), atol=1e-13)
+@pytest.mark.parametrize(
+    ("measure", "N", "dt", "L"),
+    [("legs", 16, 1e-2, 40), ("legt", 8, 1e-1, 65), ("lagt", 16, 1e-3, 33), ("fout", 8, 1e-1, 64)],
+)
+def test_against_fifty_digits(measure, N, dt, L):
+    """The recurrence, where no floating-point reference is trusted."""
+    half = half_spectrum(nplr(measure, N))
+    C = torch.randn(N, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    with mpmath.workdps(50):
+        A, B = (mpmath.matrix(t.tolist()) for t in hippo(measure, N))
+        step, eye = A * (mpmath.mpf(dt) / 2), mpmath.eye(N)
+        inverse = (eye - step) ** -1
+        A_bar, x = inverse * (eye + step), inverse * (B * dt)
+        row, truth = mpmath.matrix([C.tolist()]), []
+        for _ in range(L):
+            truth.append(float((row * x)[0]))
+            x = A_bar * x
+    system = half.Lambda, half.P, half.B, C.to(half.V) @ half.V
+    for backend in ("tables", "cauchy"):
+        K = dplr_kernel(*system, dt, L, backend)
+        assert error(K, torch.tensor(truth, dtype=torch.float64)) < 1e-13
 
 
-def test_difference_keeps_its_digits_at_small_steps():
-    Lambda, P, _, _ = random_system(r=1)
-    exact = dplr_difference(Lambda, P, 1e-7)
-    single = dplr_difference(Lambda.to(torch.complex64), P.to(torch.complex64), 1e-7)
-    assert ((single.double() - exact).abs() / exact.abs().max()).max() < 1e-6
+def test_small_steps_keep_their_digits():
+    """The difference from the identity is not found by subtraction."""
+    system = random_system(r=1)
+    for backend in ("tables", "cauchy"):
+        exact = dplr_kernel(*system, 1e-7, 9, "tables")
+        single = dplr_kernel(*(t.to(torch.complex64) for t in system), 1e-7, 9, backend)
+        assert error(single.double(), exact) < 3e-6
 
 
 def test_a_length_is_a_piece_of_a_longer_one():
@@ -207,16 +224,6 @@ def test_bad_calls(kind, name, change):
 def test_an_unknown_backend_is_told_the_known_ones():
     with pytest.raises(ValueError, match=r"'auto' or one of 'tables', 'cauchy', 'triton'.*'keops'"):
         dplr_kernel(**GOOD, backend="cuda")
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "change"),
-    [row for row in BAD if set(row[2]) <= {"Lambda", "P", "dt"} and "B" not in row[1]],
-)
-def test_bad_differences(kind, name, change):
-    arguments = {name: GOOD[name] for name in ("Lambda", "P", "dt")}
-    with pytest.raises(kind, match=f"^{name}: "):
-        dplr_difference(**{**arguments, **change})
 
 
 def test_an_unstable_system_is_refused():
