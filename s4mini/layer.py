@@ -620,7 +620,8 @@ class S4Layer(nn.Module):
             raise ValueError("Lambda: expected real parts <= 0, got one above")
         wanted = options.pop("device", None), options.pop("generator", None)
         start = "diag-lin" if P is None else "random"
-        layer = cls(d_model, 2 * B.shape[-1], start, device="meta", **options)
+        options |= {"device": "meta", "generator": Generator()}  # drawn again below
+        layer = cls(d_model, 2 * B.shape[-1], start, **options)
         rows = len(layer.B)
         for name, v, own in (("Lambda", Lambda, 1), ("P", P, 2), ("B", B, 1)):
             if v is not None and v.shape[:-own] not in ((), (1,), (rows,)):

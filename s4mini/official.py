@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from s4mini.layer import S4Layer
 from s4mini.lowrank import real_form
@@ -280,7 +280,14 @@ def assemble(
     Source: book/layer.md; book/official.md.
     """
     layer = S4Layer.from_system(
-        Lambda, P, B, len(D), bidirectional=len(C) == 2, method=method, dtype=dtype
+        Lambda,
+        P,
+        B,
+        len(D),
+        bidirectional=len(C) == 2,
+        method=method,
+        dtype=dtype,
+        generator=Generator(),  # what it draws is replaced below
     )
     with torch.no_grad():
         layer.log_dt.copy_(dt.log())
