@@ -202,7 +202,7 @@ CALLS = {
     "diagonal.finest": lambda f, t: f(torch.device("cpu")),
     "diagonal.sample": lambda f, t: f(Lambda, B, dt, "zoh"),
     "diagonal.power_sums": lambda f, t: f(C, Lambda / 9, 5),
-    "diagonal.mode_sums": lambda f, t: tried(lambda: f(C, Lambda / 9, 5)),
+    "diagonal.mode_sums": lambda f, t: f(C, sample(Lambda, B, dt, "zoh"), 5, torch.complex128),
     "diagonal.s4d_kernel": lambda f, t: f(Lambda, B, C, 0.1, 5),
     "diagonal.s4d_init": lambda f, t: f("lin", 4),
     "diagonal.s4d_step": lambda f, t: f(Lambda, B, C, 0.1, u[0, 0], C),
