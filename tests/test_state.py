@@ -215,7 +215,7 @@ CALLS = {
     "discretization.discretize": lambda f, t: f(A, b, 0.1),
     "forecast.read_ett": lambda f, t: refused(lambda: f(written(t, "a.csv", b"date"))),
     "forecast.load_ett": lambda f, t: refused(lambda: f({"a": written(t, "a.csv", b"date")})),
-    "fused.fused_spectrum": lambda f, t: tried(lambda: f(Lambda, P, B, C, dt, 8)),
+    "fused.fused_cauchy": lambda f, t: tried(lambda: f(C[None], Lambda, *nodes(8))),
     "fused.triton_available": lambda f, t: f(),
     "generating.roots": lambda f, t: f(8),
     "generating.truncated_C": lambda f, t: f(A / 9, b, 5),
