@@ -233,7 +233,6 @@ CALLS = {
     "images.load_digits": lambda f, t: f({}),
     "images.load_cifar10": lambda f, t: refused(lambda: f({"a": written(t, "a", b"x")})),
     "images.load_mnist": lambda f, t: refused(lambda: f({"a-images": written(t, "a", b"x")})),
-    "kernel.dplr_difference": lambda f, t: f(Lambda, P, 0.1),
     "kernel.backends": lambda f, t: f(),
     "kernel.dplr_kernel": lambda f, t: f(Lambda, P, B, C, 0.1, 9),
     "layer.mask_padding": lambda f, t: f(u[..., None], torch.tensor([3, 9])),
