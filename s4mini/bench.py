@@ -6,7 +6,6 @@ rivals' in turn, so that a ratio means something.
 Tangled from book/bench.md.
 """
 
-import argparse
 import ctypes
 import datetime
 import importlib
@@ -15,15 +14,12 @@ import math
 import multiprocessing
 import os
 import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy
@@ -53,6 +49,7 @@ __all__ = [
     "predicted_bytes",
     "run_case",
     "ratio_table",
+    "reasons",
     "provenance",
     "BenchOptions",
     "cases",
@@ -275,28 +272,25 @@ class _Stack(nn.Module):
 
 def _module(case: Case, name: str, generator: Generator) -> nn.Module:
     """Make the network of a contestant."""
-    H, N, options = case.H, case.N, {"generator": generator}
-    sizes = {"d_model": H, "n_layers": case.depth, "d_state": N}
-    ours = S4Config(d_output=10, dropout=0.0, **sizes)
+    H, N, depth, g = case.H, case.N, case.depth, generator
+    ours = S4Config(d_output=10, dropout=0.0, d_model=H, n_layers=depth, d_state=N)
     if case.what == "block":
         if name == "ours":
-            return S4Block(ours, **options)
-        kernel = torch.randn(H, case.L, generator=generator)
+            return S4Block(ours, g)
         if name == "keops":
-            kernel = PublishedKernel(H, N, keops=True, **options)
-        return PlainBlock(H, kernel, **options)
+            return PlainBlock(H, PublishedKernel(H, N, keops=True, generator=g), g)
+        return PlainBlock(H, torch.randn(H, case.L, generator=g), g)
     if case.what == "lssl":
         if name == "LSSL":
-            return LSSLLayer(H, H, **options)
-        return _Stack(S4Layer(H, H if name == "S4" else H // 4, **options))
+            return LSSLLayer(H, H, generator=g)
+        return _Stack(S4Layer(H, H if name == "S4" else H // 4, generator=g))
     if name == "ours":
-        return S4Model(ours, **options)
+        return S4Model(ours, g)
     if name == "LSTM":
-        lstm = nn.LSTM(1, H, case.depth, batch_first=True)
-        return _Stack(lstm, nn.Linear(H, 10))
+        return _Stack(nn.LSTM(1, H, depth, batch_first=True), nn.Linear(H, 10))
     if name == "S4":
-        return _Stack(*(S4Block(ours, **options) for _ in range(case.depth)))
-    return _Stack(*(TransformerLayer(H, 4, name, **options) for _ in range(case.depth)))
+        return _Stack(*(S4Block(ours, g) for _ in range(depth)))
+    return _Stack(*(TransformerLayer(H, 4, name, generator=g) for _ in range(depth)))
 
 
 def _kernel(case: Case, name: str, device: str, generator: Generator):
@@ -308,16 +302,13 @@ def _kernel(case: Case, name: str, device: str, generator: Generator):
         ]
         tables = [t.requires_grad_() for t in tables]
         return _gradients(lambda: tables[0] @ tables[1], tables, generator)
-    backend = "auto" if name == "ours" else name
     if name == "ours" or case.what == "backends":
-        module = S4Layer(case.H, case.N, backend=backend, generator=generator)
-        run = partial(module.kernel, case.L)
-    else:
-        keops = name == "keops"
-        module = PublishedKernel(case.H, case.N, keops, generator)
-        run = partial(module, case.L)
-    parameters = [p for name, p in module.to(device).named_parameters() if name != "D"]
-    return _gradients(run, parameters, generator)
+        backend = "auto" if name == "ours" else name
+        layer = S4Layer(case.H, case.N, backend=backend, generator=generator).to(device)
+        learnt = [p for name, p in layer.named_parameters() if name != "D"]
+        return _gradients(lambda: layer.kernel(case.L), learnt, generator)
+    rival = PublishedKernel(case.H, case.N, name == "keops", generator).to(device)
+    return _gradients(lambda: rival(case.L), list(rival.parameters()), generator)
 
 
 def _steps(case: Case, name: str, device: str, generator: Generator):
@@ -326,18 +317,17 @@ def _steps(case: Case, name: str, device: str, generator: Generator):
     layer = S4Layer(case.H, case.N, generator=generator).to(device)
     cell = nn.LSTMCell(case.H, case.H).to(device)
     state = layer.initial_state(case.batch)
-    stepper = layer.stepper()
-    take = {
-        "step": layer.step,
-        "stepper": stepper,
-        "floor": lambda u, s: (None, s * 0.5 + 1),
-        "LSTM": lambda u, state: (None, cell(u, state)),
-    }[name]
+    takes: dict[str, tuple[Callable, object]] = {
+        "step": (layer.step, state),
+        "stepper": (layer.stepper(), state),
+        "floor": (lambda u, s: (None, s * 0.5 + 1), torch.zeros_like(state)),
+        "LSTM": (lambda u, s: (None, cell(u, s)), (u, u)),
+    }
+    take, first = takes[name]
 
     @torch.no_grad()
     def run() -> None:
-        s = (u, u) if name == "LSTM" else state
-        s = u.new_zeros(*u.shape, case.N) if name == "floor" else s
+        s = first
         for _ in range(case.L):
             _, s = take(u, s)
 
@@ -560,6 +550,24 @@ def ratio_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def reasons(rows: Sequence[dict]) -> list[str]:
+    """Say what was not measured, and why.
+
+    Args:
+        rows: as run_case returns them.
+
+    Returns:
+        A line for each contestant without figures.
+
+    Source: book/bench.md.
+    """
+    return [
+        f"not measured: {r['what']} {r['H']}, {r['L']}, {r['N']} {r['name']}: {r['reason']}"
+        for r in rows
+        if "reason" in r
+    ]
+
+
 def provenance(command: str, seed: int, device: str = "cpu") -> dict:
     """Describe how a measurement was made, for a file in results/.
 
@@ -675,8 +683,8 @@ def cases(options: BenchOptions) -> list[Case]:
     if options.what:
         found = [case for case in found if case.what in options.what]
     if options.quick:
-        tiny = {"H": 8, "L": 32, "N": 8, "batch": 2}
-        found = list(dict.fromkeys(replace(case, **tiny) for case in found))
+        tiny = (replace(case, H=8, L=32, N=8, batch=2) for case in found)
+        found = list(dict.fromkeys(tiny))
     return found
 
 
@@ -711,46 +719,3 @@ def run_bench(
             part.write_text(json.dumps(content, indent=1) + "\n", "utf8")
             part.replace(options.out)
     return content
-
-
-def _main(argv: Sequence[str] | None = None) -> int:
-    """Measure from the command line.
-
-    Args:
-        argv: the arguments; those of the process by default.
-
-    Returns:
-        The exit status: 0, or 1 after a message.
-
-    Raises:
-        SystemExit: the arguments cannot be read, or help was asked for.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    default = BenchOptions()
-    parser = argparse.ArgumentParser("python -m s4mini.bench")
-    parser.add_argument("--what", nargs="+", default=(), help=", ".join(CONTESTANTS))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    for name in ("rounds", "seconds", "memory", "seed"):
-        value = getattr(default, name)
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    chosen = vars(parser.parse_args(argv))
-    command = f"python -m s4mini.bench {shlex.join(argv)}".rstrip()
-    try:
-        options = BenchOptions(**chosen | {"what": tuple(chosen["what"])})
-        content = run_bench(options, command)
-    except (OSError, ValueError, TypeError) as error:
-        print(f"s4mini.bench: {error}", file=sys.stderr)
-        return 1
-    print(ratio_table(content["rows"]))
-    for row in content["rows"]:
-        if "reason" in row:
-            size = ", ".join(str(row[key]) for key in "HLN")
-            print(f"not measured: {row['what']} {size} {row['name']}: {row['reason']}")
-    return 0
-
-
-# A notebook's __name__ is __main__ too, but a notebook has no __file__.
-if __name__ == "__main__" and "__file__" in globals():
-    raise SystemExit(_main())

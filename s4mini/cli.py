@@ -8,41 +8,29 @@ Tangled from book/cli.md.
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from s4mini.checks import check_choice, check_int
 
 __all__ = ["read_recipe", "FitOptions", "EvaluateOptions", "DataOptions", "main"]
 
-
-def _module(name: str) -> ModuleType:
-    """Import one of our modules, or say which extra is missing."""
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("s4mini"):
-            raise
-        raise ModuleNotFoundError(
-            f'this needs {error.name}: pip install "s4mini[train]"',
-            name=error.name,
-        ) from error
+if TYPE_CHECKING:
+    from s4mini.recipes import Recipe
+    from s4mini.train import Result
 
 
-def read_recipe(name: str) -> object:
+def read_recipe(name: str) -> "Recipe":
     """Return a recipe by its name, or from a file.
 
     Args:
         name: one of RECIPES, a file of JSON, or the folder of a run.
-
-    Returns:
-        The Recipe.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -50,13 +38,14 @@ def read_recipe(name: str) -> object:
 
     Source: book/cli.md.
     """
-    recipes = _module("s4mini.recipes")
+    from s4mini.recipes import RECIPES, Recipe
+
     path = Path(name, "recipe.json") if Path(name).is_dir() else Path(name)
-    if name in recipes.RECIPES or path.suffix != ".json":
-        _module("s4mini.checks").check_choice("recipe", name, tuple(recipes.RECIPES))
-        return recipes.RECIPES[name]
+    if name in RECIPES or path.suffix != ".json":
+        check_choice("recipe", name, tuple(RECIPES))
+        return RECIPES[name]
     try:
-        return recipes.Recipe(**json.loads(path.read_text("utf8")))
+        return Recipe(**json.loads(path.read_text("utf8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected a recipe: {error}") from error
 
@@ -117,16 +106,19 @@ class DataOptions:
     folder: Path | None = None
 
 
-def _parse(kind: type, default: object, argv: list[str], prog: str) -> object:
-    """Read options of a record from a command line."""
-    tyro = _module("tyro")
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[kind], default=default, args=argv, prog=prog
-    )
+def _parse(record: Any, argv: list[str], prog: str) -> Any:
+    """Return a record with the options of a command line put in."""
+    import tyro
+
+    plain = (tyro.conf.OmitArgPrefixes,)
+    prog = f"s4mini {prog}"
+    return tyro.cli(type(record), default=record, args=argv, prog=prog, config=plain)
 
 
 def _first(argv: list[str], what: str, usage: str) -> tuple[str, list[str]]:
-    """Take the word a command begins with."""
+    """Take the word a command begins with; a call for help needs none."""
+    if argv in (["-h"], ["--help"]):
+        return what.upper(), argv
     if not argv or argv[0].startswith("-"):
         raise ValueError(f"{what}: expected one; usage: s4mini {usage}")
     return argv[0], argv[1:]
@@ -134,32 +126,26 @@ def _first(argv: list[str], what: str, usage: str) -> tuple[str, list[str]]:
 
 def _fit(argv: list[str]) -> None:
     """Train by a recipe, select on validation, test."""
-    asks = argv in (["-h"], ["--help"])
-    name, rest = (
-        ("digits", argv)
-        if asks
-        else _first(argv, "recipe", "fit RECIPE [options]; `s4mini list` names them")
-    )
-    recipe = read_recipe(name)
-    kind = type(recipe)  # in the class below, recipe is a name of its own
+    from s4mini.recipes import Recipe
+
+    usage = "fit RECIPE [options]; `s4mini list` names them"
+    name, rest = _first(argv, "recipe", usage)
 
     @dataclass(frozen=True)
     class Fit:
         """Train by a recipe, select on validation, test once."""
 
         run: FitOptions
-        recipe: kind
+        recipe: Recipe
 
-    shown = "RECIPE" if asks else name
-    given = _parse(Fit, Fit(FitOptions(), recipe), rest, f"s4mini fit {shown}")
-    out = given.run.out or Path("runs", Path(name).stem)
-    _fit_seeds(given.recipe, out, given.run)
+    begun = Fit(FitOptions(), read_recipe("digits" if rest is argv else name))
+    given = _parse(begun, rest, f"fit {name}")
+    _fit_seeds(given.recipe, given.run.out or Path("runs", Path(name).stem), given.run)
 
 
-def _fit_seeds(recipe: object, out: Path, options: FitOptions) -> None:
+def _fit_seeds(recipe: "Recipe", out: Path, options: FitOptions) -> None:
     """Train with one seed or several, and print what it came to."""
-    train = _module("s4mini.train")
-    seeds = _module("s4mini.checks").check_int("seeds", options.seeds, maximum=1000)
+    seeds = check_int("seeds", options.seeds, maximum=1000)
     if seeds > 1 and options.devices * options.nodes > 1:
         raise ValueError("seeds: expected 1 with several devices")
     if seeds == 1:
@@ -173,26 +159,21 @@ def _fit_seeds(recipe: object, out: Path, options: FitOptions) -> None:
         results.append(_fit_one(one, folder, options, resume))
         _show(results[-1])
     if all(result.test for result in results):
-        summary = train.summarise(results)
-        content = json.dumps(summary, indent=1).encode()
-        _module("s4mini.saving").write_atomically(out / "summary.json", content)
-        print(f"mean and standard deviation of {seeds} seeds")
-        for kind in ("validation", "test"):
-            parts = (
-                f"{k} {v['mean']:.4f} ± {v['sd']:.4f}" for k, v in summary[kind].items()
-            )
-            print(f"{kind:12}{', '.join(parts)}")
+        _summarise(results, out)
 
 
-def _fit_one(recipe: object, out: Path, options: FitOptions, resume: bool):
+def _fit_one(
+    recipe: "Recipe", out: Path, options: FitOptions, resume: bool
+) -> "Result":
     """Train with one seed."""
-    recipes, train = _module("s4mini.recipes"), _module("s4mini.train")
+    from s4mini.recipes import load_data
+    from s4mini.train import fit
+
     shown = options.progress or ("bar" if sys.stderr.isatty() else "lines")
-    data = recipes.load_data(recipe, os.cpu_count() or 1)
-    return train.fit(
+    return fit(
         recipe,
         out,
-        data,
+        load_data(recipe, os.cpu_count() or 1),
         until=options.until,
         resume=resume,
         progress=shown,
@@ -202,17 +183,33 @@ def _fit_one(recipe: object, out: Path, options: FitOptions, resume: bool):
     )
 
 
-def _show(result: object) -> None:
+def _summarise(results: "list[Result]", out: Path) -> None:
+    """Write and print mean and standard deviation over the seeds."""
+    from s4mini.saving import write_atomically
+    from s4mini.train import summarise
+
+    summary = summarise(results)
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
+    print(f"mean and standard deviation of {len(results)} seeds")
+    for kind in ("validation", "test"):
+        parts = (
+            f"{k} {v['mean']:.4f} ± {v['sd']:.4f}" for k, v in summary[kind].items()
+        )
+        print(f"{kind:12}{', '.join(parts)}")
+
+
+def _show(result: "Result") -> None:
     """Print what a run has come to, in the first process only."""
-    if _module("s4mini.train").rank_zero_only.rank:
+    from s4mini.train import is_first
+
+    if not is_first():
         return
     print(
         f"{result.data}: seed {result.recipe.seed}, "
         f"{result.parameters:,} parameters, {result.device}"
     )
-    for kind in ("validation", "test"):
-        figures = getattr(result, kind)
-        print(f"{kind:12}{_figures(figures) if figures else 'unfinished'}")
+    print(f"{'validation':12}{_figures(result.validation)}")
+    print(f"{'test':12}{_figures(result.test) if result.test else 'unfinished'}")
     print(f"{'files in':12}{result.folder}")
 
 
@@ -226,29 +223,18 @@ def _figures(figures: dict[str, float]) -> str:
 
 def _evaluate(argv: list[str]) -> None:
     """Measure the best weights of a run."""
-    asks = argv in (["-h"], ["--help"])
-    name, rest = (
-        ("RUN", argv) if asks else _first(argv, "run", "evaluate FOLDER [options]")
-    )
-    options = _parse(
-        EvaluateOptions, EvaluateOptions(), rest, f"s4mini evaluate {name}"
-    )
-    train, recipes = _module("s4mini.train"), _module("s4mini.recipes")
-    model, recipe = train.load_run(name)
-    data = recipes.load_data(recipe, os.cpu_count() or 1)
-    split, index = train.parts_of(recipe, data)[options.split]
-    figures = train.evaluate(model, data, split, index)
+    from s4mini.recipes import load_data
+    from s4mini.train import evaluate, load_run, parts_of
+
+    name, rest = _first(argv, "folder", "evaluate FOLDER [options]")
+    options = _parse(EvaluateOptions(), rest, f"evaluate {name}")
+    model, recipe = load_run(name)
+    data = load_data(recipe, os.cpu_count() or 1)
+    split, index = parts_of(recipe, data)[options.split]
+    figures = evaluate(model, data, split, index)
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "data": data.title,
-                    "split": options.split,
-                    "examples": len(index),
-                    **figures,
-                }
-            )
-        )
+        found = {"data": data.title, "split": options.split, "examples": len(index)}
+        print(json.dumps(found | figures))
     else:
         print(f"{data.title}: {len(index):,} examples of {options.split}")
         print(_figures(figures))
@@ -256,43 +242,39 @@ def _evaluate(argv: list[str]) -> None:
 
 def _data(argv: list[str]) -> None:
     """Download data sets: all, or those that are named."""
-    data = _module("s4mini.data")
-    names = [word for word in argv if word in data.HOMES]
-    rest = [word for word in argv if word not in names]
+    from s4mini.data import NAMES, download
+
+    names = [word for word in argv if word in NAMES]
+    rest = [word for word in argv if word not in NAMES]
     if rest and not rest[0].startswith("-"):
-        _module("s4mini.checks").check_choice("name", rest[0], data.NAMES)
-    options = _parse(DataOptions, DataOptions(), rest, "s4mini data [NAME ...]")
-    for name in names or data.NAMES:
-        print(f"{name}: ready in {data.download(name, options.folder)}")
+        check_choice("name", rest[0], NAMES)
+    options = _parse(DataOptions(), rest, "data [NAME ...]")
+    for name in names or NAMES:
+        print(f"{name}: ready in {download(name, options.folder)}")
 
 
 def _list(argv: list[str]) -> None:
     """Show the recipes, or one in full."""
-    recipes = _module("s4mini.recipes")
+    from s4mini.recipes import RECIPES
+
     if argv and not argv[0].startswith("-"):
         for name, value in asdict(read_recipe(argv[0])).items():
             print(f"{name:15}{json.dumps(value)}")
         return
-    rows = [("RECIPE", "DATA", "BLOCKS", "STATE", "BATCH", "EPOCHS")]
-    for name, r in recipes.RECIPES.items():
-        rows.append(
-            (
-                name,
-                r.data,
-                f"{r.n_layers} x {r.d_model}",
-                r.d_state,
-                r.batch_size,
-                r.epochs,
-            )
-        )
-    for name, data, blocks, *sizes in rows:
-        numbers = "".join(f"{size:>7}" for size in sizes)
-        print(f"{name:14}{data:12}{blocks:>8}{numbers}")
+    print(f"{'RECIPE':14}{'DATA':12}{'BLOCKS':>8}  STATE  BATCH EPOCHS")
+    for name, r in RECIPES.items():
+        blocks = f"{r.n_layers} x {r.d_model}"
+        sizes = f"{r.d_state:>7}{r.batch_size:>7}{r.epochs:>7}"
+        print(f"{name:14}{r.data:12}{blocks:>8}{sizes}")
 
 
 def _bench(argv: list[str]) -> None:
     """Measure speed and memory on this machine."""
-    _module("s4mini.bench").run_bench(argv)
+    from s4mini.bench import BenchOptions, ratio_table, reasons, run_bench
+
+    options = _parse(BenchOptions(), argv, "bench")
+    content = run_bench(options, f"s4mini bench {shlex.join(argv)}".rstrip())
+    print(ratio_table(content["rows"]), *reasons(content["rows"]), sep="\n")
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -366,16 +348,13 @@ def main(argv: list[str] | None = None) -> int:
             return 141
         except KeyboardInterrupt:
             return 130
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            MemoryError,
-            ModuleNotFoundError,
-        ) as error:
-            print(f"s4mini: {error}", file=sys.stderr)
-            return 1
+        except ModuleNotFoundError as error:
+            needed = f'this needs {error.name}: pip install "s4mini[train]"'
+            said = str(error) if "pip install" in str(error) else needed
+        except (OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+            said = str(error)
+        print(f"s4mini: {said}", file=sys.stderr)
+        return 1
 
 
 def _run(argv: list[str]) -> int:
@@ -386,7 +365,7 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"s4mini {version('s4mini')}")
         return 0
-    _module("s4mini.checks").check_choice("command", argv[0], tuple(_COMMANDS))
+    check_choice("command", argv[0], tuple(_COMMANDS))
     _COMMANDS[argv[0]](argv[1:])
     sys.stdout.flush()
     return 0

@@ -294,7 +294,7 @@ class Split(Dataset):
         return self.data.draw(self.split, self.index[torch.as_tensor(numbers)])
 
 
-def whole(batch: Batch) -> Batch:
+def whole(batch: Any) -> Any:
     """Leave a batch as it was drawn: what DataLoader calls collate_fn.
 
     Source: book/data.md.

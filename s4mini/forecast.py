@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ class WindowData(SequenceData):
 
     values: Tensor = field(repr=False)
     starts: dict[str, Tensor] = field(repr=False)
-    horizon: int
+    horizon: int = field()
     columns: tuple[str, ...]
 
     def index(self) -> dict[str, Tensor]:
@@ -169,18 +170,18 @@ def load_ett(
     (path,) = paths.values()
     _, values = read_ett(path)
     kept = slice(-1, None) if univariate else slice(None)
-    values, columns = values[:, kept], _COLUMNS[kept]
+    values, columns = values[:, kept], tuple(_COLUMNS)[kept]
     train = values[: 12 * _MONTH]
     mean, std = train.mean(0), train.std(0)
     std[std == 0] = 1.0
-    mean, std, values = (
+    a, b, normal = (
         torch.from_numpy(x).float() for x in (mean, std, (values - mean) / std)
     )
     return WindowData(
         length=L,
-        mean=mean,
-        std=std,
-        values=values,
+        mean=a,
+        std=b,
+        values=normal,
         starts=starts,
         horizon=horizon,
         columns=columns,
@@ -332,7 +333,7 @@ def make_forecaster(name: str, window: int, horizon: int) -> nn.Module:
 @torch.no_grad()
 def forecast_errors(
     forecast: Callable[[Tensor], Tensor],
-    data: WindowData,
+    data: SequenceData,
     split: str,
     every: int = 1,
     batch: int = 32,
@@ -416,6 +417,14 @@ def train_forecaster(
     return model.eval(), record
 
 
+def _windows(name: str, length: int, horizon: int) -> WindowData:
+    """Read a series in windows."""
+    data = load(name, length=length, horizon=horizon)
+    if not isinstance(data, WindowData):
+        raise ValueError(f"name: expected a series, got {name!r}")
+    return data
+
+
 def run_forecasts(name: str, seeds: int = 3, steps: int = 150) -> dict:
     """Measure all forecasters on a series, 720 hours ahead.
 
@@ -431,10 +440,12 @@ def run_forecasts(name: str, seeds: int = 3, steps: int = 150) -> dict:
     Source: book/forecast.md.
     """
     horizon, windows = 720, (336, 720)
-    sets = {L: load(name, length=L, horizon=horizon) for L in windows}
-    runs, summary = [], {}
+    sets = {L: _windows(name, L, horizon) for L in windows}
+    runs: list[dict] = []
+    summary: dict[str, dict] = {}
     for title, function in (("last value", last_value), ("last day", last_day)):
-        errors = forecast_errors(lambda u, f=function: f(u, horizon), sets[336], "test")
+        repeat = partial(function, horizon=horizon)
+        errors = forecast_errors(repeat, sets[336], "test")
         summary[title] = {"mse": [errors[0], 0.0], "mae": [errors[1], 0.0]}
     for model_name in ("linear", "s4", "lstm"):
         tried = []
@@ -442,10 +453,10 @@ def run_forecasts(name: str, seeds: int = 3, steps: int = 150) -> dict:
             model, record = train_forecaster(model_name, data, 0, steps)
             tried.append((record["validation"], L, model, record))
             print(model_name, L, record["validation"], record["seconds"], flush=True)
-        _, chosen, *best = min(tried, key=lambda run: run[0])
+        _, chosen, model, record = min(tried, key=lambda run: run[0])
         others = [record for _, L, _, record in tried if L != chosen]
         runs += [record | {"chosen": False} for record in others]
-        trained = [tuple(best)]
+        trained = [(model, record)]
         for seed in range(1, seeds):
             trained.append(train_forecaster(model_name, sets[chosen], seed, steps))
         for model, record in trained:

@@ -8,12 +8,12 @@ Tangled from book/model.md.
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from dataclasses import replace as replaced
 from functools import partial
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -119,11 +119,11 @@ def _batch_norm(norm: nn.BatchNorm1d, u: Tensor, valid: Tensor) -> Tensor:
     """Do in training what a batch norm does, for the valid steps of u."""
     v = u.to(norm.weight.dtype)
     mean, variance, n = _moments(v, valid)
+    unbiased, weight = variance * n / (n - 1).clamp(min=1), norm.momentum or 0.0
     with torch.no_grad():
-        unbiased = variance * n / (n - 1).clamp(min=1)
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(unbiased, norm.momentum)
-        norm.num_batches_tracked += 1
+        norm.get_buffer("running_mean").lerp_(mean, weight)
+        norm.get_buffer("running_var").lerp_(unbiased, weight)
+        norm.get_buffer("num_batches_tracked").add_(1)
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
     return ((v - mean) * scale + norm.bias).to(u.dtype)
 
@@ -221,7 +221,7 @@ class S4Config:
         for name, value in _plain(self).items():
             object.__setattr__(self, name, value)
 
-    def replace(self, **changes: object) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed, examined like the first."""
         if "measure" in changes:  # another measure has a usual method of its own
             changes = {"method": None} | changes
@@ -260,7 +260,7 @@ def _plain(c: S4Config) -> dict:
     check_choice("method", method, methods)
     check_choice("norm", c.norm, ("layer", "batch"))
     check_choice("pool", c.pool, ("mean", "last", "none"))
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for name, most in LARGEST.items():
         even = name == "d_state"
         found[name] = check_int(name, getattr(c, name), 2 if even else 1, even, most)
@@ -536,10 +536,10 @@ def _check_model_state(model: "S4Model", state: ModelState, batch: int) -> None:
             "state: expected a ModelState, such as "
             f"model.initial_state(batch), got {kind}"
         )
-    if len(state.layers) != len(model.blocks):
-        wanted, found = len(model.blocks), len(state.layers)
+    if len(state.layers) != len(model.stack):
+        wanted, found = len(model.stack), len(state.layers)
         raise ValueError(f"state.layers: expected {wanted} tensors, got {found}")
-    for block, x in zip(model.blocks, state.layers, strict=True):
+    for block, x in zip(model.stack, state.layers, strict=True):
         _check_state(block.layer, "state.layers", x, batch)
     sizes = {"B": batch, "H": model.config.d_model}
     _check_shape("state.mean", state.mean, "B H", sizes)
@@ -576,6 +576,11 @@ class S4Model(Savable):
         self.norm = nn.LayerNorm(H) if config.prenorm else nn.Identity()
         self.decoder = _linear(H, config.d_output, generator)
 
+    @property
+    def stack(self) -> list[S4Block]:
+        """The blocks, in order."""
+        return cast(list[S4Block], list(self.blocks))
+
     def forward(
         self, u: Tensor, lengths: Tensor | None = None, rate: float = 1.0
     ) -> Tensor:
@@ -598,7 +603,7 @@ class S4Model(Savable):
                 or a token is out of range.
         """
         u = self._encode(u, lengths)
-        for block in self.blocks:
+        for block in self.stack:
             if self.checkpointing and torch.is_grad_enabled():
                 u = _checkpointed(block, u, lengths, rate)
             else:
@@ -633,7 +638,7 @@ class S4Model(Savable):
         """
         u, layers = self._encode(u, lengths), []
         _check_model_state(self, state, u.shape[0])
-        for block, x in zip(self.blocks, state.layers, strict=True):
+        for block, x in zip(self.stack, state.layers, strict=True):
             u, x = block.chunk(u, x, lengths, rate)
             layers.append(x)
         u = self.norm(u)
@@ -651,17 +656,17 @@ class S4Model(Savable):
         output is that of `forward`; in training mode dropout draws anew at
         each step.
         """
-        takes = [partial(block.layer.step, rate=rate) for block in self.blocks]
+        takes = [partial(block.layer.step, rate=rate) for block in self.stack]
         return self.step_with(takes, u, state)
 
     def step_with(
-        self, takes: list[Callable], u: Tensor, state: ModelState
+        self, takes: Sequence[Callable], u: Tensor, state: ModelState
     ) -> tuple[Tensor, ModelState]:
         """Take one step; takes are the ways to step each layer."""
         self.check_input(u, axes="B")
         _check_model_state(self, state, u.shape[0])
         u, layers = self.encoder(u), []
-        for block, take, x in zip(self.blocks, takes, state.layers, strict=True):
+        for block, take, x in zip(self.stack, takes, state.layers, strict=True):
             u, x = block.around_step(take, u, x)
             layers.append(x)
         u = self.norm(u)
@@ -675,7 +680,7 @@ class S4Model(Savable):
 
     def initial_state(self, batch: int) -> ModelState:
         """Return the state of a fresh start for a batch of sequences."""
-        layers = [block.layer.initial_state(batch) for block in self.blocks]
+        layers = [block.layer.initial_state(batch) for block in self.stack]
         mean = self.decoder.weight.new_zeros(batch, self.config.d_model)
         count = torch.zeros(batch, dtype=torch.int64, device=mean.device)
         return ModelState(tuple(layers), mean, count)
@@ -729,7 +734,7 @@ class S4Model(Savable):
         config = S4Config.from_dict(arguments)
         model = cls(config.replace(d_state=2), Generator())  # cheap to begin
         model.config = config
-        for block in model.blocks:
+        for block in model.stack:
             block.layer.d_state = config.d_state
         return model
 
@@ -788,16 +793,16 @@ def model_shapes(c: S4Config) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 @contextmanager
-def _averages_rest(norm: nn.Module):
+def _averages_rest(norm: nn.Module) -> Iterator[None]:
     """Keep the running averages of a batch norm as they are."""
-    momentum = getattr(norm, "momentum", None)
+    if not isinstance(norm, nn.BatchNorm1d | nn.SyncBatchNorm):
+        yield
+        return
+    momentum, norm.momentum = norm.momentum, 0.0
     try:
-        if momentum is not None:
-            norm.momentum = 0.0
         yield
     finally:
-        if momentum is not None:
-            norm.momentum = momentum
+        norm.momentum = momentum
 
 
 def _checkpointed(block: S4Block, u, lengths, rate) -> Tensor:
@@ -828,8 +833,8 @@ class ModelStepper(nn.Module):
     def __init__(self, model: S4Model, rate: float = 1.0) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        layers = [block.layer for block in self.model.blocks]
-        self.steppers = nn.ModuleList(x.stepper(rate) for x in layers)
+        steppers = (block.layer.stepper(rate) for block in self.model.stack)
+        self.steppers = nn.ModuleList(steppers)
         self.eval()
 
     def forward(self, u: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:

@@ -313,16 +313,16 @@ def check_recipe(recipe: Recipe) -> None:
         raise TypeError(f"recipe: expected a Recipe, got {recipe!r}")
 
 
-def sizes_of(data: SequenceData) -> dict[str, int | None]:
+def sizes_of(data: SequenceData) -> tuple[int, int, int | None]:
     """Return what build must be told of a data set.
 
     Args:
         data: the data set.
 
     Returns:
-        "channels", "outputs" and "horizon".
+        Channels of the input, outputs, and steps to forecast or None.
 
     Source: book/recipes.md.
     """
     outputs = len(data.classes) or data.channels
-    return {"channels": data.channels, "outputs": outputs, "horizon": data.horizon}
+    return data.channels, outputs, data.horizon

@@ -11,10 +11,12 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import shlex
 import signal
 import statistics
+import struct
 import sys
 import threading
 import time
@@ -32,6 +34,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import grad_norm, rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -58,6 +61,7 @@ __all__ = [
     "KeepBest",
     "Lines",
     "best_of",
+    "is_first",
     "only_writer",
     "predict",
     "evaluate",
@@ -256,7 +260,7 @@ class RecipeData(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Move the data to the device, once."""
-        self.data = self.data.to(self.trainer.strategy.root_device)
+        self.data = self.data.to(self._runner().strategy.root_device)
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of an epoch; its order is the epoch's."""
@@ -267,15 +271,17 @@ class RecipeData(pl.LightningDataModule):
         """Return the loader of what is held out."""
         return self._loader("validation", 250)
 
-    def _loader(self, kind: str, *sizes: int) -> DataLoader:
-        split = Split(self.data, *self.parts[kind])
-        trainer = self.trainer
-        batches = EpochBatches(
-            len(split),
-            *sizes,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-        )
+    def _runner(self) -> pl.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("RecipeData: expected to be used by a Trainer")
+        return self.trainer
+
+    def _loader(
+        self, kind: str, size: int, epoch: int | None = None, seed: int | None = None
+    ) -> DataLoader:
+        split, trainer = Split(self.data, *self.parts[kind]), self._runner()
+        rank, world = trainer.global_rank, trainer.world_size
+        batches = EpochBatches(len(split), size, epoch, seed, rank, world)
         return DataLoader(
             split,
             batch_sampler=batches,
@@ -348,7 +354,7 @@ class Learner(pl.LightningModule):
         self.names = FIGURES["forecast" if horizon else "classify"]
         self.history: list[dict] = []
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW with its three groups, and the schedule."""
         recipe, batches = self.recipe, self.trainer.estimated_stepping_batches
         groups = parameter_groups(
@@ -363,8 +369,10 @@ class Learner(pl.LightningModule):
         rates = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda t: schedule(t, warmup, total, recipe.schedule)
         )
-        each_step = {"scheduler": rates, "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": each_step}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": rates, "interval": "step"},
+        }
 
     def on_train_epoch_start(self) -> None:
         """Seed dropout for this epoch."""
@@ -412,7 +420,7 @@ class Learner(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer) -> None:
         """Log the norm of the gradient; stop where it is no number."""
         norm = grad_norm(self, 2)["grad_2.0_norm_total"]
-        if not norm.isfinite():
+        if not math.isfinite(norm):
             raise FloatingPointError(f"norm of the gradient {norm:g}, {_place(self)}")
         self.log("gradient_norm", norm)
 
@@ -444,7 +452,7 @@ class Learner(pl.LightningModule):
 
 def _place(module: Learner) -> str:
     """Say where a run is."""
-    rate = module.optimizers().param_groups[0]["lr"]
+    rate = module.trainer.optimizers[0].param_groups[0]["lr"]
     return (
         f"at step {module.global_step + 1} in epoch "
         f"{module.current_epoch + 1}, learning rate {rate:g}"
@@ -554,6 +562,14 @@ def _line(row: dict, epochs: int) -> str:
     return f"{done}: {figures}; {row['examples_per_second']:.0f} examples/s, {left:.0f} s left"
 
 
+def is_first() -> bool:
+    """Say whether this is the first of the processes of a run.
+
+    Source: book/train.md.
+    """
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 @contextmanager
 def only_writer(out: Path) -> Iterator[None]:
     """Be the one process that writes to a folder.
@@ -569,7 +585,7 @@ def only_writer(out: Path) -> Iterator[None]:
 
     Source: book/train.md.
     """
-    if rank_zero_only.rank:  # the first process holds it for all
+    if not is_first():  # the first process holds it for all
         yield
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -631,7 +647,7 @@ def _signals(out: Path) -> Iterator[_StopBetweenBatches]:
     except (_Stop, SystemExit):  # Lightning obeys SIGTERM by SystemExit
         if asked.number is None:
             raise
-        if rank_zero_only.rank == 0:
+        if is_first():
             kept = "the last" if (out / "last.ckpt").exists() else "no"
             print(
                 f"\ninterrupted; {out} holds {kept} whole epoch, resume it",
@@ -775,7 +791,7 @@ class Result:
     @property
     def test_accuracy(self) -> float | None:
         """The accuracy on test; None for forecasts and unfinished runs."""
-        return self.test and self.test.get("accuracy")
+        return self.test.get("accuracy") if self.test else None
 
     def to_json(self) -> str:
         """Return everything but the model, as text."""
@@ -801,6 +817,21 @@ class Result:
             "versions": versions,
         }
         return json.dumps(content, indent=1)
+
+
+_DAMAGE = (
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def _check_whole(kept: dict, module: nn.Module) -> None:
@@ -830,7 +861,7 @@ def _read_checkpoint(path: Path, recipe: Recipe, module: nn.Module) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         theirs = dict(checkpoint["recipe"])
         _check_whole(checkpoint, module)
-    except Exception as error:
+    except _DAMAGE as error:
         said = str(error).split("\n")[0]
         raise ValueError(
             f"{path}: not a whole checkpoint of this program: {said}"
@@ -936,7 +967,7 @@ def fit(
     machines = _machines(devices, nodes, strategy)
     last = recipe.epochs if until is None else check_int("until", until)
     out = Path(out)
-    if not resume and rank_zero_only.rank == 0 and (out / "recipe.json").exists():
+    if not resume and is_first() and (out / "recipe.json").exists():
         raise FileExistsError(
             f"{out}: holds a run already; resume it, or choose another folder"
         )
@@ -944,14 +975,14 @@ def fit(
         raise FileNotFoundError(f"{out}: holds no run, nothing to resume")
     data = load_data(recipe) if data is None else as_data(data)
     recipe = _check_data(recipe, data)
-    module, batches = Learner(recipe, **sizes_of(data)), RecipeData(recipe, data)
+    module, batches = Learner(recipe, *sizes_of(data)), RecipeData(recipe, data)
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     apart = torch.random.fork_rng(used)  # the caller's numbers go on where they were
     with only_writer(out), _signals(out) as asked, apart:
         at = out / "last.ckpt" if resume and (out / "last.ckpt").exists() else None
         if at:
             module.history = _read_checkpoint(at, recipe, module)["history"]
-        if rank_zero_only.rank == 0:
+        if is_first():
             content = json.dumps(asdict(recipe), indent=1)
             write_atomically(out / "recipe.json", f"{content}\n".encode())
         if len(module.history) < min(last, recipe.epochs):
@@ -1012,11 +1043,11 @@ def _trainer(
         ),
         *([Lines()] if progress == "lines" else []),
     ]
-    precisions = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+    narrow = recipe.precision == "bfloat16"
     return pl.Trainer(
         accelerator="cuda" if on_cuda else "cpu",
         sync_batchnorm=on_cuda and recipe.norm == "batch",
-        precision=precisions[recipe.precision],
+        precision="bf16-mixed" if narrow else "32-true",
         max_epochs=epochs,
         gradient_clip_val=recipe.clip,
         callbacks=callbacks,
@@ -1071,7 +1102,7 @@ def _finish(module: Learner, data: SequenceData, out: Path, world: int) -> Resul
     recipe, history = module.recipe, module.history
     model, _ = load_run(out)
     test = guesses = None
-    if len(history) >= recipe.epochs and rank_zero_only.rank == 0:
+    if len(history) >= recipe.epochs and is_first():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         every = torch.arange(data.count("test"))
         found = _outputs(model.to(device), data.to(device), "test", every, 250)
@@ -1127,12 +1158,13 @@ def summarise(results: list[Result]) -> dict:
             "results: expected two or more runs of one recipe with different "
             f"seeds, got seeds {seeds} of {len(recipes)} recipes"
         )
-    if any(result.test is None for result in results):
+    tests = [result.test for result in results if result.test is not None]
+    if len(tests) < len(results):
         raise ValueError("results: expected finished runs, got an unfinished")
     return {
         "seeds": seeds,
         "validation": _spread([r.validation for r in results]),
-        "test": _spread([r.test for r in results]),
+        "test": _spread(tests),
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from s4mini import bench
+from s4mini import bench, cli
 from s4mini.bench import (
     CONTESTANTS,
     BenchOptions,
@@ -279,16 +279,16 @@ def test_quick_is_the_same_cases_in_tiny():
 # The command line
 
 
-def test_the_module_can_be_run(tmp_path):
+def test_the_command_measures(tmp_path):
     out = tmp_path / "tiny.json"
     options = ["--quick", "--what", "step", "--rounds", "1", "--out", str(out)]
-    command = [sys.executable, "-m", "s4mini.bench", *options]
+    command = [sys.executable, "-m", "s4mini.cli", "bench", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| step | 8, 32, 8 | 2, 1 | stepper |" in done.stdout
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     content = json.loads(out.read_text())
-    assert content["command"].startswith("python -m s4mini.bench --quick --what step")
+    assert content["command"].startswith("s4mini bench --quick --what step")
 
 
 @pytest.mark.parametrize(
@@ -306,8 +306,10 @@ def test_wrong_options_are_refused_before_anything_is_measured(
     options, message, capsys, monkeypatch
 ):
     monkeypatch.setattr(bench, "run_case", lambda *a, **k: pytest.fail("measured"))
-    assert bench._main(options.split()) == 1
-    assert f"s4mini.bench: {message}" in capsys.readouterr().err
+    monkeypatch.setenv("COLUMNS", "200")  # so that no message is wrapped
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", *options.split()])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -468,7 +468,7 @@ def test_lightning_calls_any_callback_and_logger(digits, tmp_path):
         max_epochs=5, accelerator="cpu", logger=logger, callbacks=[stop], log_every_n_steps=1,
         enable_progress_bar=False, default_root_dir=tmp_path,
     )  # fmt: skip
-    learner = train.Learner(TINY, **recipes.sizes_of(digits))
+    learner = train.Learner(TINY, *recipes.sizes_of(digits))
     trainer.fit(learner, train.RecipeData(TINY, digits))
     assert len(learner.history) == 2 and "validation_loss" in trainer.callback_metrics
     plain = torch.utils.data.DataLoader(
