@@ -42,6 +42,7 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/tangle.py --check
+	$(BIN)/mypy
 
 # axe-core finds what keeps readers out; tests/test_site.py uses it where it is present.
 axe:

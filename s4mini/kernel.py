@@ -16,7 +16,7 @@ from s4mini.checks import check_int, check_positive, check_tensors, values_can_b
 from s4mini.generating import check_batch, truncated_C
 from s4mini.lowrank import real_form
 
-__all__ = ["backends", "dplr_kernel"]
+__all__ = ["backends", "dplr_kernel", "kernel_of"]
 
 
 def _line_1(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, L: int) -> Tensor:
@@ -189,10 +189,6 @@ def dplr_kernel(
 
     Source: Gu et al. 2022a, algorithm 1; book/kernel.md.
     """
-    tables = backend in ("auto", "tables")
-    if torch.compiler.is_dynamo_compiling() and not tables:  # left as it is
-        whole = torch.compiler.disable(dplr_kernel)
-        return whole(Lambda, P, B, C, dt, L, backend)
     L = check_int("L", L)
     check_tensors(
         Lambda=(Lambda, "... n"), P=(P, "... n r"), B=(B, "... n"), C=(C, "... n")
@@ -202,8 +198,37 @@ def dplr_kernel(
             "Lambda: expected real parts <= 0, got "
             f"{Lambda.real.max().item():.3g}: the system is unstable"
         )
-    backend = _choose(backend)
     dt, Lambda, P, B, C = _alike(dt, Lambda=Lambda, P=P, B=B, C=C)
+    return kernel_of(Lambda, P, B, C, dt, L, backend)
+
+
+def kernel_of(
+    Lambda: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    L: int,
+    backend: str = "auto",
+) -> Tensor:
+    """Do the work of dplr_kernel. No value is looked at, so nothing waits.
+
+    Args:
+        Lambda, P, B, C: as in dplr_kernel, all of one precision.
+        dt: (...) steps of the bilinear rule, in that precision.
+        L: length of the kernel, >= 1.
+        backend: as in dplr_kernel.
+
+    Returns:
+        K (..., L) real, in output/input.
+
+    Source: book/kernel.md.
+    """
+    tables = backend in ("auto", "tables")
+    if torch.compiler.is_dynamo_compiling() and not tables:  # left as it is
+        whole = torch.compiler.disable(kernel_of)
+        return whole(Lambda, P, B, C, dt, L, backend)
+    backend = _choose(backend)
     with torch.autocast(Lambda.device.type, enabled=False):
         if backend == "tables":
             from s4mini.tables import table_kernel

@@ -24,7 +24,7 @@ from s4mini.checks import (
 )
 from s4mini.convolve import channel_conv
 from s4mini.diagonal import COMPLEX, finest, mode_sums, past, s4d_init, sample
-from s4mini.kernel import backends, dplr_kernel
+from s4mini.kernel import backends, kernel_of
 from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
 from s4mini.projection import MEASURES
@@ -147,7 +147,7 @@ def _kernels(systems: Systems, L: int, method: str, backend: str) -> Tensor:
     """Return the kernels (H, L), or (2, H, L) of past and future."""
     Lambda, P, B, C, dt = systems
     if P is not None:
-        return dplr_kernel(Lambda, P, B, C, dt, L, backend)
+        return kernel_of(Lambda, P, B, C, dt, L, backend)
     system = sample(Lambda, B, dt, method)
     return mode_sums(2 * C * system.B_bar, system, L, C.dtype)
 

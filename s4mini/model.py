@@ -720,7 +720,20 @@ class S4Model(Savable):
         return self.decoder(mean if known else pool_steps(u, pool, lengths))
 
     def arguments(self) -> dict:
-        """Return the configuration as plain values."""
+        """Return the configuration as plain values.
+
+        Raises:
+            ValueError: a layer has been put in that the configuration does
+                not describe, such as one from S4Layer.from_system.
+        """
+        told = self.config.measure, self.config.method
+        for i, block in enumerate(self.stack):
+            found = block.layer.measure, block.layer.method
+            if found != told:
+                raise ValueError(
+                    f"blocks.{i}.layer: expected measure, method = {told} as the "
+                    f"configuration says, got {found}"
+                )
         return self.config.to_dict()
 
     @classmethod

@@ -34,6 +34,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import grad_norm, rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, l1_loss, mse_loss
@@ -66,6 +67,7 @@ __all__ = [
     "predict",
     "evaluate",
     "Result",
+    "OwnData",
     "as_data",
     "fit",
     "load_run",
@@ -874,13 +876,18 @@ def _read_checkpoint(path: Path, recipe: Recipe, module: nn.Module) -> dict:
     return checkpoint
 
 
-def as_data(data: SequenceData | Mapping) -> SequenceData:
+OwnData = SequenceData | Mapping | pl.LightningDataModule
+
+
+def as_data(data: OwnData) -> SequenceData:
     """Take a data set, or tensors of your own.
 
     Args:
-        data: a SequenceData, or {"train": …, "test": …} and, if there is one,
+        data: a SequenceData; or {"train": …, "test": …} and, if there is one,
             "validation", each a TensorDataset or tuple of (u, target) or
-            (u, target, lengths), as from_tensors explains.
+            (u, target, lengths), as from_tensors explains; or a
+            LightningDataModule whose loaders give such batches, which are
+            drawn once, in the order of their data sets, and kept.
 
     Returns:
         The data set.
@@ -893,6 +900,8 @@ def as_data(data: SequenceData | Mapping) -> SequenceData:
     """
     if isinstance(data, SequenceData):
         return data
+    if isinstance(data, pl.LightningDataModule):
+        return from_tensors("own data", **_drawn(data))
     if not isinstance(data, Mapping) or not {"train", "test"} <= set(data):
         kind = type(data).__name__
         raise TypeError(
@@ -904,6 +913,28 @@ def as_data(data: SequenceData | Mapping) -> SequenceData:
         for name, x in data.items()
     }
     return from_tensors("own data", **parts)
+
+
+def _drawn(module: pl.LightningDataModule) -> dict[str, tuple[Tensor, ...]]:
+    """Return all that the loaders of a data module give, split by split."""
+    module.prepare_data()
+    for stage in ("fit", "test"):
+        module.setup(stage)
+    loaders = {"train": module.train_dataloader(), "test": module.test_dataloader()}
+    if is_overridden("val_dataloader", module, pl.LightningDataModule):
+        loaders["validation"] = module.val_dataloader()
+    return {split: _in_order(split, loader) for split, loader in loaders.items()}
+
+
+def _in_order(split: str, loader: DataLoader) -> tuple[Tensor, ...]:
+    """Return a loader's examples in the order of its data set."""
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"{split}: expected a DataLoader, got {type(loader).__name__}")
+    plain = DataLoader(loader.dataset, 250, collate_fn=loader.collate_fn)
+    columns = list(zip(*plain, strict=True))
+    if len({u.shape[1:] for u in columns[0]}) > 1:
+        raise ValueError(f"{split}: expected sequences padded to one length")
+    return tuple(torch.cat(column) for column in columns)
 
 
 def _check_data(recipe: Recipe, data: SequenceData) -> Recipe:
@@ -919,7 +950,7 @@ def _check_data(recipe: Recipe, data: SequenceData) -> Recipe:
 def fit(
     recipe: Recipe,
     out: str | Path,
-    data: SequenceData | Mapping | None = None,
+    data: OwnData | None = None,
     until: int | None = None,
     resume: bool = False,
     progress: str = "lines",
@@ -934,8 +965,8 @@ def fit(
         recipe: what to do.
         out: folder for checkpoints, logs and the result.
         data: the data set, if it has been loaded already, or your own: any
-            SequenceData, or {"train": …, "test": …} as as_data explains. The
-            record then says so.
+            SequenceData, {"train": …, "test": …}, or a LightningDataModule,
+            as as_data explains. The record then says so.
         until: stop after this epoch, as if interrupted; None: at the end.
         resume: whether to go on with the run in out; a recipe with more
             epochs extends it.

@@ -26,6 +26,14 @@ PUBLIC = [
 ]
 
 
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf8"), re.S)
+)
+def test_the_readme_runs(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
 def test_install_needs_torch_and_numpy_only():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
     needed = {re.match(r"[\w-]+", item)[0] for item in project["dependencies"]}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from test_model import make, signal
 from test_tasks import classifier, forecaster, speaker
 
+from s4mini.layer import S4Layer
 from s4mini.model import S4Config, S4Model, parameter_groups
 from s4mini.saving import CONFIG, WEIGHTS, write_atomically, write_together
 from s4mini.tasks import S4Classifier, S4Forecaster, S4LanguageModel
@@ -79,6 +80,19 @@ def killed_at(k, work):
             work()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, lambda model: S4Classifier(model, ["a", "b"])]
+)
+def test_a_model_with_a_layer_of_its_own_is_refused(wrap, tmp_path):
+    """The configuration would tell of another system than the layer's."""
+    model = S4Model(S4Config(d_input=3, d_output=2, d_model=4, n_layers=2, d_state=4))
+    old = model.blocks[1].layer.system()
+    model.blocks[1].layer = S4Layer.from_system(old.Lambda, old.P, old.B, 4)
+    with pytest.raises(ValueError, match=r"^blocks\.1\.layer: .*'legs'.*got \('own'"):
+        wrap(model).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_kill_leaves_the_old_model_or_the_new(tmp_path):

@@ -568,6 +568,23 @@ def test_own_tensors_train(tmp_path):
     assert json.loads((tmp_path / "recipe.json").read_text())["data"] == "own"
 
 
+def test_a_data_module_trains_like_its_tensors(tmp_path):
+    u, y = torch.randn(40, 12, 2), torch.arange(40) % 2
+    own = torch.utils.data.TensorDataset(u, y)
+
+    class Module(pl.LightningDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(own, 7, shuffle=True)
+
+        val_dataloader = test_dataloader = train_dataloader
+
+    tensors = dict.fromkeys(("train", "validation", "test"), own)
+    one = train.fit(TINY, tmp_path / "one", Module(), progress="none")
+    other = train.fit(TINY, tmp_path / "other", tensors, progress="none")
+    same_history(one.history, other.history)
+    assert one.test == pytest.approx(other.test) and one.recipe.data == "own"
+
+
 def test_slurm_without_srun_is_one_sentence(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")
     with pytest.raises(ValueError, match="SLURM_NTASKS is 4, but this is one process"):
