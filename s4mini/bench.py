@@ -37,6 +37,7 @@ from s4mini.cauchy_sum import keops_available
 from s4mini.checks import check_choice, check_int, check_positive
 from s4mini.layer import S4Layer
 from s4mini.model import S4Block, S4Config, S4Model, parameter_groups
+from s4mini.saving import write_atomically
 
 __all__ = [
     "time_in_turn",
@@ -714,8 +715,7 @@ def run_bench(
     for i, case in enumerate(found, 1):
         report(f"{i}/{len(found)} {case}")
         content["rows"] += run_case(case, options.device, **limits)
-        if options.out is not None:  # another name first: never half a file
-            part = Path(f"{options.out}.part")
-            part.write_text(json.dumps(content, indent=1) + "\n", "utf8")
-            part.replace(options.out)
+        if options.out is not None:
+            text = json.dumps(content, indent=1) + "\n"
+            write_atomically(options.out, text.encode())
     return content

@@ -8,7 +8,7 @@ Tangled from book/images.md.
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,9 +29,6 @@ __all__ = [
     "reading_order",
     "ImageData",
     "image_data",
-    "load_cifar10",
-    "load_mnist",
-    "load_digits",
     "CIFAR10",
     "MNIST",
     "DIGITS",
@@ -312,55 +309,33 @@ def _four(arrays: list[np.ndarray]) -> tuple[dict[str, Tensor], dict[str, Tensor
     )
 
 
-def load_cifar10(
-    paths: Mapping[str, Path],
-    gray: bool = False,
-    size: int | None = None,
-    order: str = "raster",
-) -> ImageData:
-    """Read CIFAR-10.
+def _reader(
+    arrays: Callable[[Mapping[str, Path]], list[np.ndarray]], classes: tuple[str, ...]
+) -> Callable[..., ImageData]:
+    """Return what reads a data set of images from its files."""
 
-    Args:
-        paths: the files, by name.
-        gray, size, order: as image_data explains.
+    def read(
+        paths: Mapping[str, Path],
+        gray: bool = False,
+        size: int | None = None,
+        order: str = "raster",
+    ) -> ImageData:
+        """Read the files, by name; gray, size and order as image_data explains."""
+        return image_data(*_four(arrays(paths)), classes, gray, size, order)
 
-    Returns:
-        The data set.
+    return read
 
-    Raises:
-        TypeError: an option is of a wrong kind.
-        ValueError: an option does not fit, or a file is damaged.
 
-    Source: book/images.md.
-    """
+def _cifar10(paths: Mapping[str, Path]) -> list[np.ndarray]:
+    """Read the six files of CIFAR-10."""
     parts = [read_cifar10(path) for path in paths.values()]
     images, labels = zip(*parts[:5], strict=True)
-    arrays = [np.concatenate(images), np.concatenate(labels), *parts[5]]
-    return image_data(*_four(arrays), tuple(_THINGS.split()), gray, size, order)
+    return [np.concatenate(images), np.concatenate(labels), *parts[5]]
 
 
-def load_mnist(
-    paths: Mapping[str, Path],
-    gray: bool = False,
-    size: int | None = None,
-    order: str = "raster",
-) -> ImageData:
-    """Read MNIST.
-
-    Args:
-        paths: the files, by name.
-        gray, size, order: as image_data explains.
-
-    Returns:
-        The data set.
-
-    Raises:
-        TypeError: an option is of a wrong kind.
-        ValueError: an option does not fit, or a file is damaged.
-
-    Source: book/images.md.
-    """
-    arrays = []
+def _mnist(paths: Mapping[str, Path]) -> list[np.ndarray]:
+    """Read the four files of MNIST."""
+    arrays: list[np.ndarray] = []
     for file, path in paths.items():
         arrays.append(read_idx(path, 3 if "images" in file else 1))
         if "images" in file and arrays[-1].shape[1:] != (28, 28):
@@ -374,40 +349,19 @@ def load_mnist(
                     f"{path}: expected {len(arrays[-2])} labels, one for "
                     f"each image, found {len(arrays[-1])}"
                 )
-    arrays = [a[..., None] if a.ndim == 3 else a for a in arrays]
-    return image_data(*_four(arrays), _TEN, gray, size, order)
+    return [a[..., None] if a.ndim == 3 else a for a in arrays]
 
 
-def load_digits(
-    paths: Mapping[str, Path],
-    gray: bool = False,
-    size: int | None = None,
-    order: str = "raster",
-) -> ImageData:
-    """Take scikit-learn's digits.
-
-    Args:
-        paths: the files, by name (none).
-        gray, size, order: as image_data explains.
-
-    Returns:
-        The data set.
-
-    Raises:
-        TypeError: an option is of a wrong kind.
-        ValueError: an option does not fit, or a file is damaged.
-
-    Source: book/images.md.
-    """
+def _digits(_: Mapping[str, Path]) -> list[np.ndarray]:
+    """Take scikit-learn's digits; each fifth tests."""
     digits = needs("sklearn.datasets").load_digits()
     images = digits.images[..., None].astype(np.uint8)  # levels 0 to 16
     labels, test = digits.target, np.arange(len(images)) % 5 == 0
-    arrays = [images[~test], labels[~test], images[test], labels[test]]
-    return image_data(*_four(arrays), _TEN, gray, size, order)
+    return [images[~test], labels[~test], images[test], labels[test]]
 
 
 _COPY = "not the official files: a recompressed or reordered copy"
-_CIFAR10 = {
+_CIFAR10_SHA1 = {
     "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
     "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
     "data_batch_3.bin": "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
@@ -415,7 +369,7 @@ _CIFAR10 = {
     "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628",
     "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c",
 }
-_MNIST = {
+_MNIST_SHA1 = {
     "train-images-idx3-ubyte": "c3557c10f29b266e19b3eeee1553c85e0ef4a8ea",
     "train-labels-idx1-ubyte": "adbf52269f5d842899f287c269e2883e40b4f6e2",
     "t10k-images-idx3-ubyte": "65e11ec1fd220343092a5070b58418b5c2644e26",
@@ -424,20 +378,20 @@ _MNIST = {
 
 CIFAR10 = Source(
     "CIFAR-10",
-    load_cifar10,
+    _reader(_cifar10, tuple(_THINGS.split())),
     "cifar-10-batches-bin",
-    tuple(_CIFAR10),
+    tuple(_CIFAR10_SHA1),
     "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-    _CIFAR10,
+    _CIFAR10_SHA1,
     _COPY,
 )
 MNIST = Source(
     "MNIST",
-    load_mnist,
+    _reader(_mnist, _TEN),
     "mnist",
-    tuple(_MNIST),
+    tuple(_MNIST_SHA1),
     "https://ossci-datasets.s3.amazonaws.com/mnist/{}.gz",
-    _MNIST,
+    _MNIST_SHA1,
     _COPY,
 )
-DIGITS = Source("handwritten digits (scikit-learn)", load_digits)
+DIGITS = Source("handwritten digits (scikit-learn)", _reader(_digits, _TEN))

@@ -46,10 +46,12 @@ __all__ = [
     "STARTS",
     "METHODS",
     "SLOWEST",
-    "mask_padding",
+    "valid_steps",
+    "clear_padding",
     "Systems",
     "Stepper",
     "kernels_kept",
+    "layer_shapes",
     "S4Layer",
 ]
 
@@ -82,39 +84,38 @@ def _first_modes(measure, N, generator):
 SLOWEST = 1e-5  # the smallest -Re Lambda to begin with, in 1/time
 
 
-def mask_padding(u: Tensor, lengths: Tensor) -> Tensor:
-    """Set the steps of each sequence that are padding to zero.
-
-    Lengths on a CPU are examined. To read them on another device would make
-    it wait; there they are taken as the nearest in 0 ... L.
+def valid_steps(u: Tensor, lengths: Tensor) -> Tensor:
+    """Mark the steps that count.
 
     Args:
-        u: (B, L, H) sequences, padded at their ends; NaN may stand there.
-        lengths: (B,) the steps of each that count, integers in 1 ... L.
+        u: (B, L, ...) sequences, padded at their ends.
+        lengths: (B,) the steps of each that count.
 
     Returns:
-        (B, L, H), zero where a step does not count.
-
-    Raises:
-        TypeError: u is not a tensor, or lengths not one of integers.
-        ValueError: a shape is wrong, or a length is not in 1 ... L.
+        (B, L, 1, ...) booleans, with as many axes as u.
 
     Source: book/layer.md.
     """
-    if not isinstance(u, Tensor):
-        raise TypeError(f"u: expected a tensor, got {type(u).__name__}")
-    if u.ndim != 3:
-        raise ValueError(f"u: expected (B, L, H), got {tuple(u.shape)}")
-    known = isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64)
-    if not known or (lengths.is_cpu and not torch.compiler.is_compiling()):
-        check_lengths(lengths, u.shape[1])
-    if lengths.shape != u.shape[:1]:
-        raise ValueError(
-            f"lengths: expected shape ({len(u)},), got {tuple(lengths.shape)}"
-        )
     steps = torch.arange(u.shape[1], device=u.device)
-    valid = (steps < lengths[:, None])[..., None]  # (B, L, 1)
-    return torch.where(valid, u, torch.zeros_like(u))
+    valid = steps < lengths[:, None]  # (B, L)
+    return valid.view(valid.shape + (1,) * (u.ndim - 2))
+
+
+def clear_padding(u: Tensor, lengths: Tensor | None) -> Tensor:
+    """Set the steps of each sequence that do not count to zero.
+
+    Args:
+        u: (B, L, ...) sequences padded at their ends; NaN may stand there.
+        lengths: (B,) the steps of each that count; None for all.
+
+    Returns:
+        As u. Nothing is examined, so that nothing waits.
+
+    Source: book/layer.md.
+    """
+    if lengths is None:
+        return u
+    return torch.where(valid_steps(u, lengths), u, torch.zeros_like(u))
 
 
 class Systems(NamedTuple):
@@ -258,6 +259,17 @@ def _check_step(u: Tensor, state: Tensor, N: int, D: Tensor) -> None:
     _check_state(state, u.shape[0], H, N)
 
 
+def _check_lengths(lengths: Tensor, u: Tensor) -> None:
+    """Examine lengths; values on a CPU only, because another device would wait."""
+    known = isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64)
+    if not known or (lengths.is_cpu and not torch.compiler.is_compiling()):
+        check_lengths(lengths, u.shape[1])
+    if lengths.shape != u.shape[:1]:
+        raise ValueError(
+            f"lengths: expected shape ({len(u)},), got {tuple(lengths.shape)}"
+        )
+
+
 def _check_state(state: Tensor, batch: int, H: int, N: int) -> None:
     """Examine the shape of a state."""
     if state.shape != (batch, H, N):
@@ -311,6 +323,34 @@ def _plainly(device: torch.device):
 def _kept_apart(value: Tensor) -> Tensor:
     """Return a tensor in full precision, on the CPU, without its past."""
     return value.detach().cpu().to(torch.complex128)
+
+
+def layer_shapes(
+    d_model: int, d_state: int, measure: str, bidirectional: bool, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    """Tell the name and shape of each tensor of a layer.
+
+    Args:
+        d_model, d_state, measure, bidirectional, tied: as in S4Layer.
+
+    Returns:
+        The shapes, as in the layer's state_dict.
+
+    Source: book/layer.md.
+    """
+    H, n, rows = d_model, d_state // 2, 1 if tied else d_model
+    rank = 1 + (measure == "legt")
+    low_rank = {} if measure in DIAGONAL else {"P": (rows, n, rank, 2)}
+    return {
+        "log_dt": (H,),
+        "log_decay": (rows, n),
+        "frequency": (rows, n),
+        **low_rank,
+        "B": (rows, n, 2),
+        "C": (2, H, n, 2) if bidirectional else (H, n, 2),
+        "D": (H,),
+        "kind": (2,),
+    }
 
 
 class S4Layer(nn.Module):
@@ -395,26 +435,15 @@ class S4Layer(nn.Module):
         self.measure, self.bidirectional, self.tied = measure, bidirectional, tied
         self.method = method or ("zoh" if diagonal else "bilinear")
         self.backend, self.dts, self.own = backend, (dt_min, dt_max), None
-        n, rows = d_state // 2, 1 if tied else H
-        shapes: dict[str, tuple[int, ...] | None] = {
-            "log_dt": (H,),
-            "log_decay": (rows, n),
-            "frequency": (rows, n),
-            "P": None if diagonal else (rows, n, 1 + (measure == "legt"), 2),
-            "B": (rows, n, 2),
-            "C": (2, H, n, 2) if bidirectional else (H, n, 2),
-            "D": (H,),
-        }
+        shapes = layer_shapes(H, d_state, measure, bidirectional, tied)
         for name, shape in shapes.items():
-            blank = (
-                None
-                if shape is None
-                else torch.empty(shape, device=device, dtype=dtype)
-            )
-            self.register_parameter(
-                name, None if blank is None else nn.Parameter(blank)
-            )
-        self.register_buffer("kind", torch.empty(2, device=device, dtype=dtype))
+            blank = torch.empty(shape, device=device, dtype=dtype)
+            if name == "kind":
+                self.register_buffer(name, blank)
+            else:
+                self.register_parameter(name, nn.Parameter(blank))
+        if diagonal:
+            self.register_parameter("P", None)
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -514,12 +543,11 @@ class S4Layer(nn.Module):
             return y[0], s[0]
         K = self.kernel(u.shape[1], rate)
         with _plainly(u.device):
-            v = u.to(K.dtype)
-            v = v if lengths is None else mask_padding(v, lengths)
+            v = clear_padding(u.to(K.dtype), lengths)
             y = channel_conv(v, K, self.D.to(K.dtype))
             if state is not None:
                 y = y + _echoes(self.system(rate), self.method, state, u.shape[1])
-            y = (y if lengths is None else mask_padding(y, lengths)).to(u.dtype)
+            y = clear_padding(y, lengths).to(u.dtype)
             if not return_state:
                 return y
             if self.bidirectional:
@@ -579,6 +607,8 @@ class S4Layer(nn.Module):
             )
         if u.ndim == 2 and lengths is not None:
             raise ValueError(f"u: expected (B, L, {H}) with lengths, got 2 axes")
+        if lengths is not None:
+            _check_lengths(lengths, u)
         if state is not None:
             self._check_causal()
             _check_like("state", state, self.D, wide)

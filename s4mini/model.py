@@ -30,15 +30,12 @@ from s4mini.checks import (
     check_positive,
     values_can_be_read,
 )
-from s4mini.layer import S4Layer
-from s4mini.projection import MEASURES
+from s4mini.layer import STARTS, S4Layer, clear_padding, layer_shapes, valid_steps
 from s4mini.saving import Savable
 
 __all__ = [
     "TiedDropout",
-    "clear_padding",
     "SequenceNorm",
-    "LAYER_MEASURES",
     "LARGEST",
     "S4Config",
     "S4Block",
@@ -81,30 +78,6 @@ class TiedDropout(nn.Module):
         shape = (u.shape[0], *[1] * (u.ndim - 2), u.shape[-1])
         keep = torch.rand(shape, device=u.device) >= self.p
         return u * keep.to(u) / (1 - self.p)
-
-
-def _valid(u: Tensor, lengths: Tensor) -> Tensor:
-    """Mark the steps of u (B, L, ...) that count; the shape has as many axes."""
-    steps = torch.arange(u.shape[1], device=u.device)
-    valid = steps < lengths[:, None]  # (B, L)
-    return valid.view(valid.shape + (1,) * (u.ndim - 2))
-
-
-def clear_padding(u: Tensor, lengths: Tensor | None) -> Tensor:
-    """Set the steps of each sequence that do not count to zero.
-
-    Args:
-        u: (B, L, ...) sequences padded at their ends; NaN may stand there.
-        lengths: (B,) the steps of each that count; None for all.
-
-    Returns:
-        As u. Nothing is examined, so that nothing waits.
-
-    Source: book/model.md.
-    """
-    if lengths is None:
-        return u
-    return torch.where(_valid(u, lengths), u, torch.zeros_like(u))
 
 
 def _moments(u: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,11 +125,10 @@ class SequenceNorm(nn.Module):
         if self.kind == "layer":
             return self.norm(u)
         if self.training and lengths is not None:
-            return _batch_norm(self.norm, u, _valid(u, lengths))
+            return _batch_norm(self.norm, u, valid_steps(u, lengths))
         return self.norm(u.reshape(-1, u.shape[-1])).view(u.shape)
 
 
-LAYER_MEASURES = (*MEASURES, "random", "diag-legs", "diag-lin", "diag-inv", "diag-real")
 #: The largest sizes that a configuration may ask for.
 LARGEST = {
     "d_input": 2**24,
@@ -252,7 +224,7 @@ def _check_keys(given: dict, known: set[str]) -> None:
 
 def _plain(c: S4Config) -> dict:
     """Return the fields of a configuration, examined, as plain values."""
-    check_choice("measure", c.measure, LAYER_MEASURES)
+    check_choice("measure", c.measure, STARTS)
     methods = ["bilinear"]
     if c.measure.startswith("diag-"):
         methods.insert(0, "zoh")
@@ -752,20 +724,6 @@ class S4Model(Savable):
         return model
 
 
-def _layer_shapes(c: S4Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Tell the tensors of one layer."""
-    H, n, rows = c.d_model, c.d_state // 2, 1 if c.tied else c.d_model
-    yield "log_dt", (H,)
-    yield "log_decay", (rows, n)
-    yield "frequency", (rows, n)
-    if not c.measure.startswith("diag-"):
-        yield "P", (rows, n, 2 if c.measure == "legt" else 1, 2)
-    yield "B", (rows, n, 2)
-    yield "C", ((2,) if c.bidirectional else ()) + (H, n, 2)
-    yield "D", (H,)
-    yield "kind", (2,)  # measure and method
-
-
 def _norm_shapes(kind: str, H: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Tell the tensors of a norm."""
     names = ["weight", "bias"]
@@ -793,7 +751,8 @@ def model_shapes(c: S4Config) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "encoder.weight", (H, c.d_input)
         yield "encoder.bias", (H,)
     for i in range(c.n_layers):
-        for name, shape in _layer_shapes(c):
+        layer = layer_shapes(H, c.d_state, c.measure, c.bidirectional, c.tied)
+        for name, shape in layer.items():
             yield f"blocks.{i}.layer.{name}", shape
         for name, shape in _norm_shapes(c.norm, H):
             yield f"blocks.{i}.norm.norm.{name}", shape

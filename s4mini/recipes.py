@@ -13,7 +13,8 @@ import torch
 
 from s4mini.checks import check_bool, check_choice, check_int, check_number
 from s4mini.data import SequenceData, load, options_of
-from s4mini.model import LARGEST, LAYER_MEASURES, S4Config, S4Model
+from s4mini.layer import STARTS
+from s4mini.model import LARGEST, S4Config, S4Model
 from s4mini.tasks import S4Forecaster
 
 __all__ = ["Recipe", "RECIPES", "load_data", "build", "check_recipe", "sizes_of"]
@@ -123,7 +124,7 @@ def _check_recipe(recipe: Recipe) -> None:
             _check_size(name, value)
     if not isinstance(recipe.data, str) or not recipe.data:
         raise TypeError(f"data: expected a name, got {recipe.data!r}")
-    check_choice("measure", recipe.measure, LAYER_MEASURES)
+    check_choice("measure", recipe.measure, STARTS)
     if recipe.dt_max < recipe.dt_min:
         raise ValueError(
             f"dt_max: expected at least dt_min = {recipe.dt_min}, got {recipe.dt_max}"

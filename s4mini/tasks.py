@@ -13,13 +13,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from s4mini.checks import check_choice, check_generator, check_int, check_number
-from s4mini.model import (
-    ModelState,
-    ModelStepper,
-    S4Model,
-    clear_padding,
-    pool_steps,
-)
+from s4mini.layer import clear_padding
+from s4mini.model import ModelState, ModelStepper, S4Model, pool_steps
 from s4mini.saving import Savable
 
 __all__ = [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from s4mini.convolve import krylov_kernel, scan
 from s4mini.discretization import discretize
-from s4mini.layer import S4Layer, kernels_kept, mask_padding
+from s4mini.layer import S4Layer, kernels_kept
 from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
 from s4mini.projection import hippo
@@ -677,8 +677,6 @@ def test_bad_stepper():
 
 
 def test_bad_helpers():
-    with pytest.raises(TypeError, match=r"^u"):
-        mask_padding(None, torch.tensor([1]))
     with pytest.raises(ValueError, match=r"^H"):
         init_dt(0, 0.1, 0.2)
     with pytest.raises(ValueError, match=r"^L"):
