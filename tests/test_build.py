@@ -10,20 +10,9 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from helpers import FRONT
 
 ROOT = Path(__file__).resolve().parents[1]
-FRONT = """\
----
-jupytext:
-  text_representation:
-    extension: .md
-    format_name: myst
-kernelspec:
-  display_name: Python 3
-  language: python
-  name: python3
----
-"""
 
 
 @pytest.fixture

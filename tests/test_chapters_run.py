@@ -11,24 +11,13 @@ from textwrap import dedent
 
 import jupytext
 import pytest
+from helpers import FRONT
 
 from tools.tangle import chapters
 
 ROOT = Path(__file__).resolve().parents[1]
 NBVAL = ["--nbval-lax", "--nbval-current-env", "--color=no", "-p", "no:cacheprovider"]
 FENCE = re.compile(r"\s*(```+|~~~+|:::+)\{code-cell\}")  # at any depth
-FRONT = """\
----
-jupytext:
-  text_representation:
-    extension: .md
-    format_name: myst
-kernelspec:
-  display_name: Python 3
-  language: python
-  name: python3
----
-"""  # ten lines
 PAGES = {
     "good": """
         # Line 12

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import TOLERANCE, relative, signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,21 +24,12 @@ from s4mini.lowrank import nplr, real_form
 from s4mini.projection import hippo
 
 INITS, METHODS = ("legs", "lin", "inv", "real"), ("zoh", "bilinear")
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 WIDE = torch.complex128
 
 
 def complex_normal(*shape, seed=0, dtype=WIDE):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=WIDE, generator=g).to(dtype)
-
-
-def signal(*shape, dtype=torch.float64, seed=1):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a, b):
-    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 def dense(Lambda, B, C, dt, method):

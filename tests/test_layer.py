@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import TOLERANCE, relative, signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,6 @@ from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.memory import init_dt
 from s4mini.projection import hippo
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 LOW_RANK = ("legs", "legt", "lagt", "fout", "random")
 DIAGONAL = ("diag-legs", "diag-lin", "diag-inv", "diag-real")
 MEASURES = LOW_RANK + DIAGONAL
@@ -26,14 +26,6 @@ MEASURES = LOW_RANK + DIAGONAL
 def make(H=4, N=8, dtype=torch.float64, seed=0, **options):
     g = torch.Generator().manual_seed(seed)
     return S4Layer(H, N, generator=g, **options).to(dtype)
-
-
-def signal(*shape, dtype=torch.float64, seed=1):
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a, b):
-    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 def stepwise(layer, u, state=None, rate=1.0):

@@ -10,6 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import make_model as make
+from helpers import relative, signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,25 +25,6 @@ from s4mini.model import (
     model_shapes,
     parameter_groups,
 )
-
-
-def make(seed=0, **options):
-    usual = {"d_input": 2, "d_output": 3, "d_model": 6, "n_layers": 2, "d_state": 8}
-    g = torch.Generator().manual_seed(seed)
-    model = S4Model(S4Config(**usual | options), g).double()
-    for _ in range(3):  # moves the running statistics of batch norm
-        model(signal(4, 9, model.config.d_input, seed=7))
-    return model.eval()
-
-
-def signal(*shape, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=g)
-
-
-def relative(a, b):
-    return float(((a - b).abs().max() / b.abs().max()).detach())
-
 
 CASES = list(itertools.product(("mean", "last", "none"), ("layer", "batch"), (False, True)))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import TOLERANCE, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +24,6 @@ from s4mini.recurrence import (
     to_real,
 )
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-
 
 def system(N, r, dtype=torch.float64, seed=0, batch=()):
     """Return Lambda, P, B, C, x0 of LegS, or of LegS with more random columns in P."""
@@ -44,10 +43,6 @@ def dense(Lambda, P, B, C, x0, dt, u):
     x = torch.cat((x0.real, x0.imag)).double()
     y, x = scan(*discretize(A, B, dt), C, u.double(), x)
     return y, torch.complex(*x.chunk(2))
-
-
-def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def steps(Lambda, P, B, C, x, dt, u):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_model as make
+from helpers import signal
 from safetensors.torch import load_file, save, save_file
-from test_model import make, signal
 from test_tasks import classifier, forecaster, speaker
 
 from s4mini.layer import S4Layer

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers import dense_kernel, random_half
 
-from s4mini.convolve import krylov_kernel
 from s4mini.discretization import discretize
 from s4mini.lowrank import half_spectrum, nplr, real_form
 from s4mini.projection import hippo
@@ -14,17 +14,10 @@ MEASURES = ("legs", "legt", "lagt", "fout")
 
 def random_system(*batch, n=4, r=1, seed=0, dtype=torch.complex128):
     """Return Lambda, P, B, C, dt of random stable half spectra."""
+    system = random_half(*batch, n=n, r=r, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(*batch, n, r + 3, generator=generator, dtype=torch.complex128)
-    Lambda = torch.complex(-0.05 - z[..., 0].real.abs(), 6 * z[..., 0].imag)
     dt = torch.rand(batch, generator=generator, dtype=torch.float64) / 5 + 0.01
-    parts = [t.to(dtype) for t in (Lambda, z[..., 3:], z[..., 1], z[..., 2])]
-    return [*parts, dt.to(dtype.to_real())]
-
-
-def dense(Lambda, P, B, C, dt, L):
-    A, B, C = real_form(Lambda, P, B, C)
-    return krylov_kernel(*discretize(A, B, dt.item()), C, L)
+    return [*(t.to(dtype) for t in system), dt.to(dtype.to_real())]
 
 
 @pytest.mark.parametrize("r", [1, 2, 3])
@@ -32,7 +25,7 @@ def dense(Lambda, P, B, C, dt, L):
 @pytest.mark.parametrize("L", [1, 2, 3, 17, 64, 333])
 def test_kernel_is_the_recurrence(n, r, L):
     system = random_system(n=n, r=r, seed=10 * n + r)
-    exact = dense(*system, L)
+    exact = dense_kernel(*system, L)
     assert (table_kernel(*system, L) - exact).abs().max() < 1e-11 * exact.abs().max()
 
 

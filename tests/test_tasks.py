@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_model import make, relative, signal
+from helpers import make_model as make
+from helpers import relative, signal
 
 from s4mini.model import S4Config, S4Model
 from s4mini.tasks import S4Classifier, S4Forecaster, S4LanguageModel, draw
