@@ -1,9 +1,11 @@
 """Training: recipes, order, schedule, resuming, files, the command line."""
 
+import csv
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from s4mini import cli, recipes, train
 from s4mini.data import load
 from s4mini.forecast import WindowData
 from s4mini.images import ImageData, reading_order
-from s4mini.model import S4Model
+from s4mini.model import S4Model, parameter_groups
 from s4mini.recipes import RECIPES, Recipe
 from s4mini.speech import SoundData
 
@@ -583,6 +585,90 @@ def test_a_data_module_trains_like_its_tensors(tmp_path):
     other = train.fit(TINY, tmp_path / "other", tensors, progress="none")
     same_history(one.history, other.history)
     assert one.test == pytest.approx(other.test) and one.recipe.data == "own"
+
+
+def test_rates_follow_schedule_and_groups(digits, tmp_path):
+    seen = []
+
+    class Note(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            seen.append([g["lr"] for g in trainer.optimizers[0].param_groups])
+
+    learner = train.Learner(TINY, *recipes.sizes_of(digits))
+    groups = parameter_groups(learner.model, TINY.lr, TINY.weight_decay, TINY.ssm_lr)
+    with train.quietly():
+        runner = pl.Trainer(
+            max_epochs=TINY.epochs,
+            callbacks=[Note()],
+            logger=False,
+            accelerator="cpu",
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        runner.fit(learner, train.RecipeData(TINY, digits))
+    total = TINY.epochs * math.ceil(TINY.epoch_size / TINY.batch_size)
+    assert len(seen) == total
+    for step, rates in enumerate(seen):
+        factor = train.schedule(step, int(TINY.warmup * total), total)
+        assert rates == pytest.approx([factor * group["lr"] for group in groups])
+    decays = [group["weight_decay"] for group in runner.optimizers[0].param_groups]
+    assert decays == [group["weight_decay"] for group in groups]
+
+
+def test_features_that_are_no_numbers_stop_the_run_too(digits, tmp_path):
+    wild = replace(TINY, lr=1e30, warmup=0.0)
+    with pytest.raises(FloatingPointError, match=r"at step \d+ in epoch 1, learning rate"):
+        train.fit(wild, tmp_path, digits, progress="none")
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_logs_hold_every_epoch(whole):
+    (path,) = whole.folder.glob("log/*/metrics.csv")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["validation_loss"]) for row in rows if row["validation_loss"]]
+    assert losses == pytest.approx([row["validation_loss"] for row in whole.history])
+    assert {"train_loss", "validation_accuracy"} <= set(rows[0])
+    assert list(whole.folder.glob("tensorboard/*/events*"))
+
+
+def test_data_of_another_recipe_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^data: expected size = 4, got 8"):
+        train.fit(TINY, tmp_path / "run", load("digits"))
+    with pytest.raises(TypeError, match=r"data: expected a SequenceData, .*got str"):
+        train.fit(TINY, tmp_path / "run", "digits")
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_weights_are_refused(whole, tmp_path, capsys):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    content = (whole.folder / "model.safetensors").read_bytes()
+    for part in (content[:-10], b"", b"weights"):
+        (tmp_path / "run" / "model.safetensors").write_bytes(part)
+        with pytest.raises(ValueError, match=r"model\.safetensors: "):
+            train.load_run(tmp_path / "run")
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err.startswith("s4mini: ")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_options_set_every_field(name, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(recipes, "load_data", lambda *_: None)
+    monkeypatch.setattr(cli, "_show", lambda _: None)
+    monkeypatch.setattr(train, "fit", lambda recipe, *_, **__: seen.append(recipe))
+    wanted = replace(RECIPES[name], data=TINY.data)
+    assert cli.main(["fit", "digits", *as_options(wanted)]) == 0
+    assert seen == [wanted]
+
+
+def test_the_command_line_shows_its_use(capsys):
+    assert cli.main([]) == 2 and "usage: s4mini COMMAND" in capsys.readouterr().out
+    assert cli.main(["fit"]) == 1 and "usage: s4mini fit RECIPE" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["evaluate", "x", "--split=all"])
+    assert stopped.value.code == 2 and "validation" in capsys.readouterr().err
 
 
 def test_slurm_without_srun_is_one_sentence(digits, tmp_path, monkeypatch):
