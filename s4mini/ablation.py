@@ -67,8 +67,8 @@ def beginning(
     A, B = hippo("legs", check_int("N", N))
     if name == "hippo":
         return A, B
-    drawn = {"generator": generator, "dtype": A.dtype}
-    G, b = torch.randn(N, N, **drawn), torch.randn(N, **drawn)
+    G = torch.randn(N, N, generator=generator, dtype=A.dtype)
+    b = torch.randn(N, generator=generator, dtype=A.dtype)
     if name == "gaussian":
         M = G * math.sqrt(N) / 2
         rightmost = torch.linalg.eigvals(M).real.max()
@@ -167,10 +167,10 @@ def make_start(
     Source: book/ablation.md.
     """
     check_choice("name", name, BEGINNINGS + STRUCTURED)
-    layers = []
+    layers: list[nn.Module] = []
     for _ in range(n_layers):
         if name in BEGINNINGS:
-            layer = dense_layer(name, d_model, d_state)
+            layer: nn.Module = dense_layer(name, d_model, d_state)
         elif name == "s4d-gaussian":
             Lambda, b, _ = modes(*beginning("gaussian", d_state))
             layer = S4Layer.from_system(
@@ -245,7 +245,7 @@ def train_start(
         [{"params": slow, "lr": 1e-3}, {"params": rest, "lr": 5e-3}]
     )
     last = torch.arange(data.count("train") - held, data.count("train"))
-    record = {
+    record: dict = {
         "start": name,
         "seed": seed,
         "images": images,

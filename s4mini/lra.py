@@ -593,7 +593,8 @@ def make_reader(name: str, channels: int, classes: int) -> nn.Module:
             )
         )
     if name == "lstm":
-        layers, H = [LSTMLayer(30) for _ in range(2)], 30
+        layers: list[nn.Module] = [LSTMLayer(30) for _ in range(2)]
+        H = 30
     else:
         kind, H = "fused" if name == "transformer" else "linear", 24
         layers = [TransformerLayer(H, 4, kind) for _ in range(2)]
@@ -658,7 +659,9 @@ def train_reader(
     held, n = min(held, data.count(split)), data.count("train")
     n -= held if split == "train" else 0  # the last are held out
     shown = data.count(split) - held + torch.arange(held)
-    batch, steps, used, losses, curve = 2**13 // data.length, 0, 0.0, [], []
+    batch, steps, used = 2**13 // data.length, 0, 0.0
+    losses: list[float] = []
+    curve: list[dict] = []
     start = time.time()
     while used < seconds:
         before, share = time.process_time(), used / seconds
@@ -697,7 +700,7 @@ def train_reader(
 
 
 #: The tasks of the recorded runs, and how each data set is made or read.
-TASKS = {
+TASKS: dict[str, dict] = {
     "listops": {"length": 256, "examples": 5_000},
     "cifar10": {"gray": True, "size": 16},
     "pathfinder": {"examples": 5_000},

@@ -110,8 +110,8 @@ def init_dt(
     Source: Gu et al. 2022 (official S4 code); book/memory.md.
     """
     H = check_int("H", H)
-    dt_min = check_positive("dt_min", check_number("dt_min", dt_min))
-    dt_max = check_positive("dt_max", check_number("dt_max", dt_max))
+    for name, bound in {"dt_min": dt_min, "dt_max": dt_max}.items():
+        check_positive(name, check_number(name, bound))
     check_generator("generator", generator)
     if dt_max < dt_min:
         raise ValueError(
