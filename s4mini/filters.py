@@ -85,4 +85,4 @@ def layer_kernels(model: S4Model, L: int) -> list[Tensor]:
     """
     if model.config.bidirectional:
         raise ValueError("model: expected a causal one, got a bidirectional")
-    return [block.layer.kernel(L) for block in model.blocks]
+    return [block.layer.kernel(L) for block in model.stack]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import scipy
@@ -451,7 +452,8 @@ def answers(
     told, found = {} if rate == 1 else {"rate": rate}, []
     for part in index.split(50):
         u, _, n = data.batch(split, part)
-        found.append(model(u[:, : n.max()], n, **told))
+        u = u if n is None else u[:, : n.max()]
+        found.append(model(u, n, **told))
     return torch.cat(found)
 
 
@@ -495,7 +497,8 @@ def _epoch(
     losses = []
     for part in _batches(data, index, 16):
         u, target, n = data.batch("train", part)
-        loss = F.cross_entropy(model(u[:, : n.max()], n), target)
+        u = u if n is None else u[:, : n.max()]
+        loss = F.cross_entropy(model(u, n), target)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -551,7 +554,7 @@ def train_listener(
     train, validation = held_out(data)
     steps = epochs * math.ceil(len(train) / 16)
     parts = (model, *_optimizer(model, lr, steps))
-    run = {"curve": [], "best": -1.0, "kept": {}, "seconds": 0.0}
+    run: dict = {"curve": [], "best": -1.0, "kept": {}, "seconds": 0.0}
     if keep and keep.exists():
         run = _resume(keep, parts)
     for epoch in range(len(run["curve"]), epochs):
@@ -623,7 +626,7 @@ def run_speech(folder: str | Path, hz: int = 8000, seed: int = 0) -> tuple[dict,
 
     Source: book/speech.md.
     """
-    data = resampled(load("speech"), 1, 8000 // hz)
+    data = resampled(cast(SoundData, load("speech")), 1, 8000 // hz)
     half, runs, summary, models = resampled(data, 1, 2), [], {}, {}
     for name, (epochs, rates) in TRIED.items():
         tried = []
