@@ -330,7 +330,7 @@ def _weights_in(folder: Path) -> Path:
 
 def _load(kind: type[_S], folder: Path) -> _S:
     """Make a module from the folder that it was saved to."""
-    path, library = _weights_in(folder), _optional("safetensors")
+    library, path = _optional("safetensors"), _weights_in(folder)
     try:
         with library.safe_open(path, "pt") as file:
             note = _read_note(path, (file.metadata() or {}).get("s4mini"))
@@ -394,7 +394,7 @@ def saved_class(folder: str | Path) -> str:
 
     Source: book/saving.md.
     """
-    path, library = _weights_in(Path(folder)), _optional("safetensors")
+    library, path = _optional("safetensors"), _weights_in(Path(folder))
     try:
         with library.safe_open(path, "pt") as file:
             return _read_note(path, (file.metadata() or {}).get("s4mini"))["class"]
