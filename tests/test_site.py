@@ -319,8 +319,7 @@ needs_axe = pytest.mark.skipif(not AXE.exists(), reason="no axe-core: run `make 
 
 
 @needs_axe
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "theme"), [("desktop", "light"), ("phone", "dark")])
 @pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
 def test_page_has_no_barriers(browser, site, name, size, theme):
     width, height = SIZES[size]

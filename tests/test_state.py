@@ -165,7 +165,7 @@ CALLS = {
     "bench.provenance": lambda f, t: f("a command", 0),
     "bench.cases": lambda f, t: f(bench.BenchOptions(quick=True)),
     "bench.run_bench": lambda f, t: f(
-        bench.BenchOptions(what=("kernel",), quick=True, rounds=1, seconds=0.01),
+        bench.BenchOptions(what=("step",), quick=True, rounds=1, seconds=0.01),
         report=lambda line: None,
     ),
     "cauchy_sum.nodes": lambda f, t: f(8),
