@@ -440,6 +440,9 @@ class Learner(pl.LightningModule):
             for name in dict.fromkeys(("loss", *self.names)):
                 if f"{kind}_{name}" in found:
                     row[f"{kind}_{name}"] = found[f"{kind}_{name}"].item()
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} {value:g}, {_place(self)}")
         self.history.append(row)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -984,12 +987,14 @@ def fit(
     Raises:
         BlockingIOError: another process writes to out.
         FileExistsError: out holds a run already, and resume is false.
-        FileNotFoundError: the data, or a run to resume, is not there.
+        FileNotFoundError: the data, a run to resume, or the checkpoint of a
+            finished one is not there.
         FloatingPointError: the loss is no longer a number.
         OSError: a file cannot be written; the previous one is intact.
         TypeError: recipe is not a Recipe, or a count not an integer.
-        ValueError: progress or strategy is unknown, a count < 1, or the run
-            in out has another recipe or a damaged checkpoint.
+        ValueError: progress or strategy is unknown, a count < 1 or more than
+            there is, or the run in out has another recipe or a damaged
+            checkpoint.
 
     Source: book/train.md.
     """
@@ -1004,6 +1009,11 @@ def fit(
         )
     if resume and not (out / "recipe.json").exists():
         raise FileNotFoundError(f"{out}: holds no run, nothing to resume")
+    if resume and (out / "result.json").exists() and not (out / "last.ckpt").exists():
+        raise FileNotFoundError(
+            f"{out / 'last.ckpt'}: not found, but the run was finished; it would "
+            "begin anew over what it left"
+        )
     data = load_data(recipe) if data is None else as_data(data)
     recipe = _check_data(recipe, data)
     module, batches = Learner(recipe, *sizes_of(data)), RecipeData(recipe, data)
@@ -1030,6 +1040,14 @@ def _machines(devices: int, nodes: int, strategy: str) -> dict:
     """Return the machines in Lightning's words."""
     check_choice("strategy", strategy, ("auto", "ddp"))
     asked = check_int("devices", devices) * check_int("nodes", nodes)
+    most = torch.cuda.device_count() or max(os.cpu_count() or 1, 2)
+    if devices > most:
+        raise ValueError(f"devices: expected at most {most} here, got {devices}")
+    if nodes > 1 and not {"MASTER_ADDR", "SLURM_JOB_ID"} & set(os.environ):
+        raise ValueError(
+            f"nodes: expected torchrun or srun to start each of {nodes} "
+            "machines, but neither MASTER_ADDR nor SLURM_JOB_ID is set"
+        )
     tasks = os.environ.get("SLURM_NTASKS", "")
     if tasks.isdigit() and int(tasks) > 1 and "SLURM_PROCID" not in os.environ:
         raise ValueError(

@@ -720,3 +720,31 @@ def test_any_terminal_will_do():
     loaded = "import sys, s4mini.cli as c; c.main(['list']); print('lightning' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
     assert found.stdout.endswith("False\n")
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_begun_anew(whole, digits, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    (tmp_path / "run" / "last.ckpt").unlink()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt: not found"):
+        train.fit(TINY, tmp_path / "run", digits, resume=True)
+    after = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    assert after == before
+
+
+def test_figures_that_are_no_numbers_end_a_run_of_one_step(tmp_path):
+    u = torch.randn(40, 5, 2, generator=Generator().manual_seed(0))
+    own = {"train": (u, torch.arange(40) % 2), "test": (u, torch.arange(40) % 2)}
+    wild = Recipe("own", d_model=8, n_layers=1, d_state=4, epochs=1, dropout=0.0, lr=1e30)
+    with pytest.raises(FloatingPointError):
+        train.fit(wild, tmp_path / "run", data=own, progress="none")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_more_machines_than_there_are(digits, tmp_path, monkeypatch):
+    for name in ("MASTER_ADDR", "SLURM_JOB_ID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for options in ({"nodes": 2}, {"devices": 9999}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            train.fit(TINY, tmp_path / "run", digits, **options)
+    assert not (tmp_path / "run").exists()
