@@ -13,7 +13,7 @@ What most people need:
     discretize        Sample x' = A x + B u at step dt by the rule named.
     scan              Run the recurrence x = A_bar x + B_bar u, y = C x over a sequence.
     krylov_kernel     Compute the kernel K_l = C A_bar^l B_bar for l = 0 ... L - 1.
-    causal_conv       Convolve sequences with kernels; no output sees a later input.
+    causal_conv       Convolve sequences with kernels; no output depends on a later input.
     MEASURES
     hippo             Build the state matrix and input vector of online projection.
     nplr              Split a HiPPO matrix into normal and low rank, and diagonalise.

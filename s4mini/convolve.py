@@ -95,7 +95,7 @@ def fft_length(n: int) -> int:
 
 
 def causal_conv(u: Tensor, K: Tensor) -> Tensor:
-    """Convolve sequences with kernels; no output sees a later input.
+    """Convolve sequences with kernels; no output depends on a later input.
 
     Args:
         u: (..., L) inputs, real or complex; the last axis is time.

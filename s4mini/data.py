@@ -208,6 +208,17 @@ def from_tensors(
     splits = {s: Batch(*parts) for s, parts in given.items() if parts is not None}
     for split, batch in splits.items():
         _check_tensors(split, *batch, splits["train"].u.shape[1:])
+        first = splits["train"]
+        for name, ours, theirs in (
+            ("u", batch.u, first.u),
+            ("target", batch.target, first.target),
+        ):
+            kinds = [(x.dtype, *x.shape[1:]) for x in (theirs, ours)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    f"{split}: expected {name} of {kinds[0]} for each example, "
+                    f"as train has, got {kinds[1]}"
+                )
     u, target, _ = splits["train"]
     classes: tuple[str, ...] = ()
     if target.ndim == 1:

@@ -933,3 +933,15 @@ def test_batches_are_numbered(error, index):
 def test_a_size_is_not_taken_for_a_flag():
     with pytest.raises(TypeError, match="gray: expected True or False, got int 4"):
         data.load("digits", gray=4)
+
+
+def test_splits_of_ones_own_are_of_one_kind():
+    u, labels = torch.randn(6, 5, 2), torch.arange(6) % 2
+    values = u[:, :3]
+    for train, test, word in (
+        ((u, values), (u, u[:, :2]), "test: expected target"),
+        ((u, values), (u, labels), "test: expected target"),
+        ((u, labels), (u.double(), labels), "test: expected u"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            data.from_tensors("x", train=train, test=test)
