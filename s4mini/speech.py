@@ -78,6 +78,15 @@ def read_wav(path: str | Path) -> np.ndarray:
             f"{path}: expected a WAV file of {says} bytes of sound and "
             f"header, found {len(content)}; delete it and download it again"
         )
+    at = 12  # the parts of the file, each with a size before it, must fill it
+    while at <= len(content) - 8:
+        size = struct.unpack("<I", content[at + 4 : at + 8])[0]
+        at += 8 + size + size % 2
+    if at != len(content):
+        raise ValueError(
+            f"{path}: expected a WAV file of whole parts, found sizes that add "
+            f"up to {at} bytes of {len(content)}; delete it and download it again"
+        )
     try:
         with wave.open(BytesIO(content)) as file:
             kind, n = file.getparams()[:3], file.getnframes()
