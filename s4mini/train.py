@@ -67,7 +67,6 @@ __all__ = [
     "predict",
     "evaluate",
     "Result",
-    "OwnData",
     "as_data",
     "fit",
     "load_run",
@@ -879,10 +878,10 @@ def _read_checkpoint(path: Path, recipe: Recipe, module: nn.Module) -> dict:
     return checkpoint
 
 
-OwnData = SequenceData | Mapping | pl.LightningDataModule
+_OwnData = SequenceData | Mapping | pl.LightningDataModule
 
 
-def as_data(data: OwnData) -> SequenceData:
+def as_data(data: _OwnData) -> SequenceData:
     """Take a data set, or tensors of your own.
 
     Args:
@@ -953,7 +952,7 @@ def _check_data(recipe: Recipe, data: SequenceData) -> Recipe:
 def fit(
     recipe: Recipe,
     out: str | Path,
-    data: OwnData | None = None,
+    data: _OwnData | None = None,
     until: int | None = None,
     resume: bool = False,
     progress: str = "lines",
