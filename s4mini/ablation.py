@@ -202,6 +202,7 @@ def rightmost(model: nn.Module) -> float | None:
     return max(found, default=None)
 
 
+@torch.random.fork_rng()  # the caller's numbers go on where they were
 def train_start(
     name: str,
     data: SequenceData,

@@ -359,6 +359,7 @@ def forecast_errors(
     return square / count, absolute / count
 
 
+@torch.random.fork_rng()  # the caller's numbers go on where they were
 def train_forecaster(
     name: str,
     data: WindowData,

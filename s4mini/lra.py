@@ -628,6 +628,7 @@ def accuracy(
 _RATES = {"s4": 1e-2, "s4d": 1e-2, "transformer": 2e-3, "linear": 2e-3, "lstm": 5e-3}
 
 
+@torch.random.fork_rng()  # the caller's numbers go on where they were
 def train_reader(
     name: str,
     data: SequenceData,

@@ -621,6 +621,7 @@ TRIED = {  # epochs, and the learning rates tried
 }
 
 
+@torch.random.fork_rng()  # the caller's numbers go on where they were
 def run_speech(folder: str | Path, hz: int = 8000, seed: int = 0) -> tuple[dict, dict]:
     """Train all listeners, and measure them.
 

@@ -98,3 +98,10 @@ def test_an_unknown_reader_or_task_names_the_choices(tmp_path):
         lra.make_reader("gru", 1, 2)
     with pytest.raises(ValueError, match=r"task.*listops"):
         lra.record_readers(tmp_path / "x.json", "text")
+
+
+def test_training_leaves_the_callers_numbers_where_they_were(bright):
+    before = torch.get_rng_state()
+    ablation.train_start("hippo", bright, 0, 1, images=40, held=20, n_layers=1)
+    lra.train_reader("s4d", bright, 0.01, looks=1, held=20)
+    assert torch.equal(torch.get_rng_state(), before)  # the same bytes, untouched
