@@ -467,7 +467,8 @@ class ModelState:
 
     Args:
         layers: the state of each layer, as its initial_state has it.
-        mean: (B, H) the mean of the features so far, for pool "mean".
+        mean: (B, H) the mean of the features so far; (B, 0) of a model that
+            pools otherwise.
         count: (B,) int64, the steps so far.
 
     Source: book/model.md.
@@ -496,8 +497,23 @@ def _add_to_mean(
 ) -> tuple[Tensor, Tensor]:
     """Return mean and count after n (B,) more steps of this average."""
     count = state.count + n  # (B,)
-    share = n.to(state.mean) / count
+    share, average = n.to(state.mean) / count, average[:, : state.mean.shape[1]]
     return state.mean + share[:, None] * (average - state.mean), count
+
+
+def _mean_width(c: S4Config) -> int:
+    """Tell how many means a state holds for each sequence."""
+    return c.d_model if c.pool == "mean" else 0
+
+
+def _check_like(name: str, value: Tensor, weight: Tensor) -> None:
+    """Refuse a tensor of another precision or device than the model's."""
+    if (value.dtype, value.device) != (weight.dtype, weight.device):
+        wanted = f"{weight.dtype} on {weight.device}"
+        raise TypeError(
+            f"{name}: expected {wanted}, like the model, got {value.dtype} on "
+            f"{value.device}"
+        )
 
 
 def _check_model_state(model: "S4Model", state: ModelState, batch: int) -> None:
@@ -508,15 +524,24 @@ def _check_model_state(model: "S4Model", state: ModelState, batch: int) -> None:
             "state: expected a ModelState, such as "
             f"model.initial_state(batch), got {kind}"
         )
-    if len(state.layers) != len(model.stack):
-        wanted, found = len(model.stack), len(state.layers)
-        raise ValueError(f"state.layers: expected {wanted} tensors, got {found}")
+    listed = isinstance(state.layers, tuple | list)
+    if not listed or len(state.layers) != len(model.stack):
+        found = len(state.layers) if listed else type(state.layers).__name__
+        raise ValueError(
+            f"state.layers: expected {len(model.stack)} tensors, got {found}"
+        )
     for block, x in zip(model.stack, state.layers, strict=True):
         _check_state(block.layer, "state.layers", x, batch)
-    sizes = {"B": batch, "H": model.config.d_model}
+    sizes = {"B": batch, "H": _mean_width(model.config)}
     _check_shape("state.mean", state.mean, "B H", sizes)
+    _check_like("state.mean", state.mean, model.decoder.weight)
     _check_integers("state.count", state.count)
     _check_shape("state.count", state.count, "B", sizes)
+    if state.count.device != state.mean.device:
+        where = state.count.device
+        raise TypeError(
+            f"state.count: expected a tensor on {state.mean.device}, got {where}"
+        )
 
 
 class S4Model(Savable):
@@ -653,7 +678,7 @@ class S4Model(Savable):
     def initial_state(self, batch: int) -> ModelState:
         """Return the state of a fresh start for a batch of sequences."""
         layers = [block.layer.initial_state(batch) for block in self.stack]
-        mean = self.decoder.weight.new_zeros(batch, self.config.d_model)
+        mean = self.decoder.weight.new_zeros(batch, _mean_width(self.config))
         count = torch.zeros(batch, dtype=torch.int64, device=mean.device)
         return ModelState(tuple(layers), mean, count)
 

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -282,16 +283,41 @@ def broken(state):
     yield ValueError, replace(state, count=state.count[:1])
     yield TypeError, replace(state, count=1)
     yield TypeError, replace(state, mean=None)
+    yield TypeError, replace(state, mean=state.mean.double())
+    yield TypeError, replace(state, mean=state.mean.long())
+    yield TypeError, replace(state, mean=state.mean.to("meta"))
+    yield TypeError, replace(state, count=state.count.to("meta"))
+    yield ValueError, replace(state, layers=None)
     yield TypeError, (state.layers, state.mean, state.count)
     yield TypeError, None
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(15))
 def test_a_state_of_another_model_or_batch_is_refused(number):
     model = make(d_input=3, d_output=2, d_model=4).float().eval()
     error, state = list(broken(model.initial_state(2)))[number]
     with pytest.raises(error, match=r"^state"):
         model.step(torch.zeros(2, 3), state)
+
+
+def others():
+    """Models whose states are not those of tiny()."""
+    yield from (tiny(pool=pool) for pool in ("last", "none"))
+    yield from (tiny(n_layers=3), tiny(d_model=5), tiny(d_state=6), tiny().double())
+
+
+def chunk_of_one(model, u, state):
+    return model.chunk(u[:, None], state)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_state_is_of_one_model_and_pooling(number):
+    model, other = tiny(), list(others())[number]
+    for here, there in ((model, other), (other, model)):
+        u = torch.zeros(2, 1, dtype=here.decoder.weight.dtype)
+        for go_on in (here.step, here.stepper(), partial(chunk_of_one, here)):
+            with pytest.raises((TypeError, ValueError), match=r"^state"):
+                go_on(u, there.initial_state(2))
 
 
 def test_outputs_after_the_end_are_zero():
@@ -333,8 +359,9 @@ def test_three_ways(pool, norm, prenorm, tokens, parts, seed, rate):
     chunked = torch.cat(chunks, 1) if pool == "none" else chunks[-1]
     stepped = torch.stack(steps, 1) if pool == "none" else steps[-1]
     assert relative(chunked, whole) < 1e-9 and relative(stepped, whole) < 1e-9
+    assert carried.mean.shape == state.mean.shape == (2, 6 if pool == "mean" else 0)
     for a, b in zip((*carried.layers, carried.mean), (*state.layers, state.mean), strict=True):
-        assert relative(a, b) < 1e-9
+        assert not b.numel() or relative(a, b) < 1e-9
     assert carried.count.tolist() == state.count.tolist() == [L, L]
 
     parameters = list(model.parameters())
