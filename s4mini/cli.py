@@ -9,15 +9,16 @@ Tangled from book/cli.md.
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-from s4mini.checks import check_choice, check_int
 
 __all__ = ["read_recipe", "FitOptions", "EvaluateOptions", "DataOptions", "main"]
 
@@ -38,6 +39,7 @@ def read_recipe(name: str) -> "Recipe":
 
     Source: book/cli.md.
     """
+    from s4mini.checks import check_choice
     from s4mini.recipes import RECIPES, Recipe
 
     path = Path(name, "recipe.json") if Path(name).is_dir() else Path(name)
@@ -145,6 +147,8 @@ def _fit(argv: list[str]) -> None:
 
 def _fit_seeds(recipe: "Recipe", out: Path, options: FitOptions) -> None:
     """Train with one seed or several, and print what it came to."""
+    from s4mini.checks import check_int
+
     seeds = check_int("seeds", options.seeds, maximum=1000)
     if seeds > 1 and options.devices * options.nodes > 1:
         raise ValueError("seeds: expected 1 with several devices")
@@ -242,6 +246,7 @@ def _evaluate(argv: list[str]) -> None:
 
 def _data(argv: list[str]) -> None:
     """Download data sets: all, or those that are named."""
+    from s4mini.checks import check_choice
     from s4mini.data import NAMES, download
 
     names = [word for word in argv if word in NAMES]
@@ -277,12 +282,12 @@ def _bench(argv: list[str]) -> None:
     print(ratio_table(content["rows"]), *reasons(content["rows"]), sep="\n")
 
 
-_COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "list": _list,
-    "fit": _fit,
-    "evaluate": _evaluate,
-    "data": _data,
-    "bench": _bench,
+_COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "list": (_list, "recipes"),
+    "fit": (_fit, "train"),
+    "evaluate": (_evaluate, "train"),
+    "data": (_data, "data"),
+    "bench": (_bench, "bench"),
 }
 
 _USAGE = """\
@@ -305,6 +310,28 @@ examples:
   s4mini fit digits --seeds 3                  mean and deviation
   s4mini fit scifar --devices 4 --strategy ddp
 """
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Let a block end before Ctrl-C is obeyed; a second one is obeyed at once."""
+    heard, usual = [], signal.default_int_handler
+
+    def hear(number: int, frame: object) -> None:
+        heard.append(number)
+        signal.signal(signal.SIGINT, usual)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if heard:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -346,7 +373,9 @@ def main(argv: list[str] | None = None) -> int:
         except BrokenPipeError:  # of `s4mini list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
+            if not stopped.args:  # else fit has said what is kept
+                print("s4mini: interrupted", file=sys.stderr)
             return 130
         except ModuleNotFoundError as error:
             needed = f'this needs {error.name}: pip install "s4mini[train]"'
@@ -365,8 +394,13 @@ def _run(argv: list[str]) -> int:
     if argv[0] == "--version":
         print(f"s4mini {version('s4mini')}")
         return 0
-    check_choice("command", argv[0], tuple(_COMMANDS))
-    _COMMANDS[argv[0]](argv[1:])
+    with _ctrl_c_waits():
+        from s4mini.checks import check_choice
+
+        check_choice("command", argv[0], tuple(_COMMANDS))
+        run, module = _COMMANDS[argv[0]]
+        import_module(f"s4mini.{module}")
+    run(argv[1:])
     sys.stdout.flush()
     return 0
 

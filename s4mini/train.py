@@ -651,14 +651,12 @@ def _signals(out: Path) -> Iterator[_StopBetweenBatches]:
     except (_Stop, SystemExit):  # Lightning obeys SIGTERM by SystemExit
         if asked.number is None:
             raise
+        kept = "the last" if (out / "last.ckpt").exists() else "no"
+        said = f"interrupted; {out} holds {kept} whole epoch, resume it"
         if is_first():
-            kept = "the last" if (out / "last.ckpt").exists() else "no"
-            print(
-                f"\ninterrupted; {out} holds {kept} whole epoch, resume it",
-                file=sys.stderr,
-            )
+            print(f"\n{said}", file=sys.stderr)
         if asked.number == signal.SIGINT:
-            raise KeyboardInterrupt from None
+            raise KeyboardInterrupt(said) from None
         raise SystemExit(143) from None
     finally:
         for number, handler in before.items():

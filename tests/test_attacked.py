@@ -330,3 +330,29 @@ def test_without_compiler_home_or_network(tmp_path):
     assert "test " in done.stdout and (tmp_path / "run" / "result.json").exists()
     (line,) = (x for x in done.stderr.splitlines() if x.startswith("s4mini: "))
     assert "/proc/none" in line and "Traceback" not in done.stderr
+
+
+INTERRUPTED = """
+import os, signal, sys
+from s4mini.cli import main  # loads nothing that takes long
+assert not {"torch", "numpy", "lightning"} & set(sys.modules)
+times = COUNT
+def hook(event, arguments):
+    global times
+    if event == "import" and arguments[0].startswith("torch.") and times:
+        times -= 1
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(hook)
+raise SystemExit(main(["list"]))
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_while_torch_is_imported_is_one_line(times):
+    program = INTERRUPTED.replace("COUNT", str(times))
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True,
+        cwd=Path(__file__).resolve().parents[1],
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert (done.stdout, done.stderr) == ("", "s4mini: interrupted\n")

@@ -102,6 +102,7 @@ import s4mini
 
 for name in dir(s4mini):
     getattr(s4mini, name)
+from s4mini import *
 assert "fit" not in dir(s4mini)
 text = pydoc.plain(pydoc.render_doc(s4mini))
 assert "S4Layer" in text and "dplr_kernel" in text
@@ -142,6 +143,14 @@ def test_the_face_is_small_and_hides_no_module():
         assert home is None or getattr(import_module(home), name) is value
     for module in MODULES:
         assert getattr(s4mini, module) is import_module(f"s4mini.{module}")
+
+
+def test_a_star_brings_the_face_and_nothing_else():
+    found = {}
+    exec("from s4mini import *", found)
+    del found["__builtins__"]
+    assert {"S4Layer", "hippo", "fit"} <= set(found) == {*dir(s4mini)} - {"__version__"}
+    assert all(found[name] is getattr(s4mini, name) for name in found)
 
 
 def test_the_package_loads_what_is_asked_for():

@@ -257,6 +257,7 @@ Training needs ``pip install "s4mini[train]"``, the figures of the book need
 ``pip install "s4mini[book]"``; the rest needs torch and numpy only.
 """
 
+import sys as _sys
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from importlib.util import find_spec as _find_spec
@@ -278,6 +279,8 @@ _EXTRAS = {{"matplotlib": "book", "plotly": "book", "sympy": "book", "triton": "
 def __getattr__(name: str):
     if name == "__version__":
         return _version("s4mini")
+    if name == "__all__" and _sys._getframe(1).f_globals.get("__name__") != "pydoc":
+        return _face()  # told to help() too, it would print every class in full
     module = _HOMES.get(name, name)
     if module not in _MODULES:
         raise AttributeError(f"module 's4mini' has no attribute {{name!r}}")
@@ -291,10 +294,13 @@ def __getattr__(name: str):
     return getattr(found, name) if name in _HOMES else found
 
 
-def __dir__() -> list[str]:
+def _face() -> list[str]:
     here = {{home for home, needed in _NEEDS.items() if all(map(_find_spec, needed))}}
-    names = [name for name, home in _HOMES.items() if home in here or home not in _NEEDS]
-    return sorted([*names, "__version__"])
+    return [name for name, home in _HOMES.items() if home in here or home not in _NEEDS]
+
+
+def __dir__() -> list[str]:
+    return sorted([*_face(), "__version__"])
 '''
 
 
