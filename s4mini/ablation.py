@@ -22,6 +22,7 @@ from s4mini.checks import check_choice, check_int
 from s4mini.data import SequenceData, load
 from s4mini.layer import S4Layer
 from s4mini.lra import SequenceClassifier, accuracy
+from s4mini.model import descend
 from s4mini.projection import hippo
 from s4mini.saving import write_atomically
 
@@ -262,10 +263,7 @@ def train_start(
             scores = model(u, lengths)
             loss = F.cross_entropy(scores, target)
             right += (scores.argmax(-1) == target).sum().item()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            descend(model, loss, optimizer)
         share, error = accuracy(model, data, "train", last)
         record["curve"].append(
             {

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from s4mini.checks import check_bool, check_int
 from s4mini.data import Batch, SequenceData, Source, contents, load
-from s4mini.model import S4Config, S4Model, parameter_groups
+from s4mini.model import S4Config, S4Model, descend, parameter_groups
 from s4mini.saving import write_atomically
 
 __all__ = [
@@ -394,14 +394,11 @@ def train_forecaster(
         index = order[torch.arange(50 * (step - 1), 50 * step) % len(order)]
         u, target, _ = data.batch("train", index)
         loss = F.mse_loss(model(u[..., 0]), target[..., 0])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        train = descend(model, loss, optimizer)
         if step % every == 0:
             model.eval()
             mse, _ = forecast_errors(model, data, "validation", 20)
-            curve.append({"step": step, "train": loss.item(), "validation": mse})
+            curve.append({"step": step, "train": train, "validation": mse})
             if mse < best:
                 best = mse
                 kept = {k: v.clone() for k, v in model.state_dict().items()}

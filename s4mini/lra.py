@@ -32,7 +32,7 @@ from s4mini.bench import provenance
 from s4mini.checks import check_choice, check_int
 from s4mini.data import Batch, SequenceData, Source, data_dir, load
 from s4mini.images import ImageData, image_data
-from s4mini.model import S4Config, S4Model, parameter_groups, pool_steps
+from s4mini.model import S4Config, S4Model, descend, parameter_groups, pool_steps
 from s4mini.saving import write_atomically
 
 __all__ = [
@@ -671,11 +671,8 @@ def train_reader(
             group["lr"] = rate * heat
         u, target, lengths = data.batch("train", torch.randint(n, (batch,)))
         loss = F.cross_entropy(model(u, lengths), target)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        steps, losses = steps + 1, [*losses, loss.item()]
+        losses.append(descend(model, loss, optimizer))
+        steps += 1
         used += time.process_time() - before
         if used >= seconds * (len(curve) + 1) / looks:
             found, _ = accuracy(model, data, split, shown)

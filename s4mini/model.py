@@ -45,6 +45,7 @@ __all__ = [
     "model_shapes",
     "ModelStepper",
     "parameter_groups",
+    "descend",
 ]
 
 
@@ -900,3 +901,31 @@ def _group(module: nn.Module, name: str, parameter: Tensor) -> str:
     if isinstance(module, S4Layer):
         return "vectors" if name in ("C", "D") else "dynamics"
     return "vectors" if parameter.ndim < 2 else "weights"
+
+
+def descend(
+    model: nn.Module,
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+) -> float:
+    """Take one step down a loss, along its gradient clipped to norm one.
+
+    Args:
+        model: whose parameters are moved.
+        loss: a number that was computed by it.
+        optimizer: of these parameters.
+        schedule: of the learning rates, moved on by a step.
+
+    Returns:
+        The loss, before the step.
+
+    Source: book/model.md.
+    """
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    if schedule is not None:
+        schedule.step()
+    return loss.item()

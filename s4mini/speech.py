@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from s4mini.checks import check_choice, check_int
 from s4mini.data import Batch, SequenceData, Source, contents, load
-from s4mini.model import S4Config, S4Model, parameter_groups
+from s4mini.model import S4Config, S4Model, descend, parameter_groups
 from s4mini.saving import write_atomically
 
 __all__ = [
@@ -508,12 +508,7 @@ def _epoch(
         u, target, n = data.batch("train", part)
         u = u if n is None else u[:, : n.max()]
         loss = F.cross_entropy(model(u, n), target)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+        losses.append(descend(model, loss, optimizer, schedule))
     model.eval()
     return float(np.mean(losses))
 
