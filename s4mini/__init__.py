@@ -65,10 +65,10 @@ and ``help(s4mini.kernel)`` and the like tell more:
     recipes         Recipes
     train           Training
     cli             The command line
-    speech          Spoken digits
-    forecast        Hours to come
     baselines       What we compare with
     bench           How we measure
+    speech          Spoken digits
+    forecast        Hours to come
     lra             Lists and paths
     ablation        Does the beginning matter?
     filters         Kernels as pictures
@@ -171,10 +171,10 @@ _MODULES = (
     "recipes",
     "train",
     "cli",
-    "speech",
-    "forecast",
     "baselines",
     "bench",
+    "speech",
+    "forecast",
     "lra",
     "ablation",
     "filters",

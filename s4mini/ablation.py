@@ -7,9 +7,9 @@ far apart do they end?
 Tangled from book/ablation.md.
 """
 
-import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from s4mini.baselines import LSSLLayer
-from s4mini.bench import provenance
+from s4mini.bench import record_runs
 from s4mini.checks import check_choice, check_int
 from s4mini.data import SequenceData, load
 from s4mini.layer import S4Layer
 from s4mini.lra import SequenceClassifier, accuracy
 from s4mini.model import descend
 from s4mini.projection import hippo
-from s4mini.saving import write_atomically
 
 __all__ = [
     "BEGINNINGS",
@@ -297,14 +296,11 @@ def record_starts(
 
     Source: book/ablation.md.
     """
-    path, data = Path(out), load("cifar10", size=16)
-    call = f"record_starts({str(out)!r}, SEED, NAMES, {epochs})"
-    found = provenance(f'python -c "from s4mini.ablation import *; {call}"', seed)
-    runs = json.loads(path.read_text("utf8"))["runs"] if path.exists() else []
-    done = {(r["start"], r["seed"]) for r in runs}
-    for name in names:
-        if (name, seed) not in done:
-            runs.append(train_start(name, data, seed, epochs))
-            what = {"data": data.title, "length": data.length, "runs": runs}
-            text = json.dumps(found | what, indent=1) + "\n"
-            write_atomically(path, text.encode())
+    data = load("cifar10", size=16)
+    call = f"ablation.record_starts({str(out)!r}, SEED, NAMES, {epochs})"
+    runs = [
+        ({"start": name, "seed": seed}, partial(train_start, name, data, seed, epochs))
+        for name in names
+    ]
+    about = {"data": data.title, "length": data.length}
+    record_runs(out, call, seed, about, runs)

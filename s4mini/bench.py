@@ -52,6 +52,8 @@ __all__ = [
     "ratio_table",
     "reasons",
     "provenance",
+    "write_record",
+    "record_runs",
     "BenchOptions",
     "cases",
     "run_bench",
@@ -608,6 +610,54 @@ def provenance(command: str, seed: int, device: str = "cpu") -> dict:
         "cores": os.cpu_count(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def write_record(out: str | Path, call: str, seed: int, content: dict) -> None:
+    """Write what was measured, and how, to a file, in one step.
+
+    Args:
+        out: the file, such as results/speech.json.
+        call: module and function that measured it, with its arguments, such
+            as "speech.record_speech('results/speech.json')".
+        seed: of all random numbers.
+        content: what was measured, as values that JSON knows.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Source: book/bench.md.
+    """
+    module, _, function = call.partition(".")
+    command = f'python -c "from s4mini.{module} import *; {function}"'
+    text = json.dumps(provenance(command, seed) | content, indent=1) + "\n"
+    write_atomically(out, text.encode())
+
+
+def record_runs(
+    out: str | Path,
+    call: str,
+    seed: int,
+    content: dict,
+    runs: Sequence[tuple[dict, Callable[[], dict]]],
+) -> None:
+    """Make the runs that a file does not hold yet, and add each to it.
+
+    Args:
+        out: the file; the runs that it holds are kept.
+        call: as in write_record.
+        seed: as in write_record.
+        content: what the file shall say beside the runs.
+        runs: for each run the entries that tell it from others, and a
+            function that makes its record, those entries included.
+
+    Source: book/bench.md.
+    """
+    path = Path(out)
+    held = json.loads(path.read_text("utf8"))["runs"] if path.exists() else []
+    for known, make in runs:
+        if not any(known.items() <= run.items() for run in held):
+            held.append(make())
+            write_record(out, call, seed, content | {"runs": held})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ days, and is a network of state spaces better at saying so than yesterday was?
 Tangled from book/forecast.md.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s4mini.bench import write_record
 from s4mini.checks import check_bool, check_int
 from s4mini.data import Batch, SequenceData, Source, contents, load
 from s4mini.model import S4Config, S4Model, descend, parameter_groups
-from s4mini.saving import write_atomically
 
 __all__ = [
     "HOURS",
@@ -485,9 +484,5 @@ def record_forecasts(
 
     Source: book/forecast.md.
     """
-    from s4mini.bench import provenance
-
-    call = f"record_forecasts({name!r}, {str(out)!r}, {seeds}, {steps})"
-    command = f'python -c "from s4mini.forecast import *; {call}"'
-    found = provenance(command, 0) | run_forecasts(name, seeds, steps)
-    write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+    call = f"forecast.record_forecasts({name!r}, {str(out)!r}, {seeds}, {steps})"
+    write_record(out, call, 0, run_forecasts(name, seeds, steps))

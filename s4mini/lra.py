@@ -9,7 +9,6 @@ Tangled from book/lra.md.
 
 import hashlib
 import io
-import json
 import math
 import random
 import time
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s4mini.baselines import TransformerLayer
-from s4mini.bench import provenance
+from s4mini.bench import record_runs
 from s4mini.checks import check_choice, check_int
 from s4mini.data import Batch, SequenceData, Source, data_dir, load
 from s4mini.images import ImageData, image_data
@@ -725,28 +724,31 @@ def record_readers(
     Source: book/lra.md.
     """
     check_choice("task", task, tuple(TASKS))
-    path, data = Path(out), load(task, **TASKS[task])
-    call = f"record_readers({str(out)!r}, TASK, {seconds}, {seed}, {tested})"
-    found = provenance(f'python -c "from s4mini.lra import *; {call}"', seed)
-    runs = json.loads(path.read_text("utf8"))["runs"] if path.exists() else []
+    data = load(task, **TASKS[task])
     index = torch.arange(min(tested, data.count("test")))
-    for name in READERS:
-        if (task, name, seed) in {(r["task"], r["model"], r["seed"]) for r in runs}:
-            continue
+
+    def run(name: str) -> dict:
         model, record = train_reader(name, data, seconds, seed)
         share, error = accuracy(model, data, "test", index)
         guess = data.labels["test"][index].bincount().max().item() / len(index)
-        runs.append(
-            {
-                "task": task,
-                "data": data.title,
-                "length": data.length,
-                "accuracy": share,
-                "error": error,
-                "guess": guess,
-                "tested": len(index),
-            }
-            | record
-        )
-        text = json.dumps(found | {"runs": runs}, indent=1) + "\n"
-        write_atomically(path, text.encode())
+        return {
+            "task": task,
+            "data": data.title,
+            "length": data.length,
+            "accuracy": share,
+            "error": error,
+            "guess": guess,
+            "tested": len(index),
+        } | record
+
+    call = f"lra.record_readers({str(out)!r}, TASK, {seconds}, {seed}, {tested})"
+    record_runs(
+        out,
+        call,
+        seed,
+        {},
+        [
+            ({"task": task, "model": name, "seed": seed}, partial(run, name))
+            for name in READERS
+        ],
+    )

@@ -6,7 +6,6 @@ who still does when every second number is missing?
 Tangled from book/speech.md.
 """
 
-import json
 import math
 import struct
 import time
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s4mini.bench import write_record
 from s4mini.checks import check_choice, check_int
 from s4mini.data import Batch, SequenceData, Source, contents, load
 from s4mini.model import S4Config, S4Model, descend, parameter_groups
@@ -672,16 +672,12 @@ def record_speech(
 
     Source: book/speech.md.
     """
-    from s4mini.bench import provenance
-
-    call = f"record_speech({str(out)!r}, 'runs/speech', {hz}, {seed})"
-    command = f'python -c "from s4mini.speech import *; {call}"'
     found, models = run_speech(folder, hz, seed)
     beside = Path(out).with_suffix("")
     for part in ("front", "back"):
         getattr(models["s4"], part).save_pretrained(beside / part)
-    found = provenance(command, seed) | found
-    write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+    call = f"speech.record_speech({str(out)!r}, 'runs/speech', {hz}, {seed})"
+    write_record(out, call, seed, found)
 
 
 def warped(f: float, hz: float, rate: float) -> float:
