@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from s4mini.baselines import LSSLLayer
+from s4mini.baselines import LSSLLayer, Residual
 from s4mini.bench import record_runs
 from s4mini.checks import check_choice, check_int
 from s4mini.data import SequenceData, load
@@ -28,7 +28,6 @@ from s4mini.projection import hippo
 __all__ = [
     "BEGINNINGS",
     "beginning",
-    "GatedLayer",
     "dense_layer",
     "modes",
     "STRUCTURED",
@@ -77,28 +76,6 @@ def beginning(
         Q, _ = torch.linalg.qr(G)
         A = Q @ (A.diagonal()[:, None] * Q.mT)
     return A, b * (B.norm() / b.norm())
-
-
-class GatedLayer(nn.Module):
-    """Normalise, pass through a layer, mix channels, add what came in.
-
-    Args:
-        layer: maps (B, L, H) to the same shape, or to that and a state.
-        d_model: the number H of channels.
-
-    Source: book/ablation.md.
-    """
-
-    def __init__(self, layer: nn.Module, d_model: int) -> None:
-        super().__init__()
-        self.norm, self.layer = nn.LayerNorm(d_model), layer
-        self.mix = nn.Linear(d_model, 2 * d_model)
-
-    def forward(self, u: Tensor) -> Tensor:
-        """Map u (B, L, H) to the same shape."""
-        y = self.layer(self.norm(u))
-        y = y[0] if isinstance(y, tuple) else y
-        return u + F.glu(self.mix(F.gelu(y)), dim=-1)
 
 
 def dense_layer(name: str, d_model: int, d_state: int) -> LSSLLayer:
@@ -179,7 +156,9 @@ def make_start(
         else:
             measure = "legs" if name == "s4-hippo" else "random"
             layer = S4Layer(d_model, d_state, measure, tied=True)
-        layers.append(GatedLayer(layer, d_model))
+        mix = nn.Linear(d_model, 2 * d_model)
+        norm = nn.LayerNorm(d_model)
+        layers.append(Residual(norm, layer, nn.GELU(), mix, nn.GLU()))
     return SequenceClassifier(layers, channels, d_model, classes)
 
 

@@ -38,6 +38,8 @@ __all__ = [
     "performer_attention",
     "ATTENTIONS",
     "TransformerLayer",
+    "Stack",
+    "Residual",
     "unit_circle_kernel",
     "PublishedKernel",
     "PlainBlock",
@@ -384,6 +386,31 @@ class TransformerLayer(nn.Module):
             "fused": _fused_attention,
             "linear": _linear_attention,
         }[self.kind]
+
+
+class Stack(nn.Sequential):
+    """Run layers one after the other; states that they return are dropped.
+
+    Source: book/baselines.md.
+    """
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map u as the first layer takes it to what the last one returns."""
+        for layer in self:
+            y = layer(u)
+            u = y[0] if isinstance(y, tuple) else y
+        return u
+
+
+class Residual(Stack):
+    """Add what comes in to what a stack of layers makes of it.
+
+    Source: book/baselines.md.
+    """
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map u (B, L, H) to the same shape."""
+        return u + super().forward(u)
 
 
 def _unit_circle(L: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from s4mini.baselines import (
     LSSLLayer,
     PlainBlock,
     PublishedKernel,
+    Stack,
     TransformerLayer,
 )
 from s4mini.cauchy_sum import keops_available
@@ -232,11 +233,6 @@ class Case:
             raise ValueError(f"H: expected a multiple of 4, got {self.H}")
 
 
-def _output(y: Tensor | tuple) -> Tensor:
-    """Return the output of a layer that may return a state as well."""
-    return y[0] if isinstance(y, tuple) else y
-
-
 def _gradients(
     run: Callable[[], Tensor], inputs: Sequence[Tensor], generator: Generator
 ) -> Callable[[], object]:
@@ -249,28 +245,15 @@ def _training(
     module: nn.Module, u: Tensor, generator: Generator
 ) -> Callable[[], object]:
     """Return a function that trains a module for one step."""
-    w = torch.randn(_output(module(u)).shape, generator=generator).to(u)
+    w = torch.randn(module(u).shape, generator=generator).to(u)
     optimizer = torch.optim.AdamW(parameter_groups(module), lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()
-        (_output(module(u)) * w).sum().backward()
+        (module(u) * w).sum().backward()
         optimizer.step()
 
     return step
-
-
-class _Stack(nn.Module):
-    """Layers one after the other; states that layers return are dropped."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, u: Tensor) -> Tensor:
-        for layer in self.layers:
-            u = _output(layer(u))
-        return u
 
 
 def _module(case: Case, name: str, generator: Generator) -> nn.Module:
@@ -286,14 +269,14 @@ def _module(case: Case, name: str, generator: Generator) -> nn.Module:
     if case.what == "lssl":
         if name == "LSSL":
             return LSSLLayer(H, H, generator=g)
-        return _Stack(S4Layer(H, H if name == "S4" else H // 4, generator=g))
+        return Stack(S4Layer(H, H if name == "S4" else H // 4, generator=g))
     if name == "ours":
         return S4Model(ours, g)
     if name == "LSTM":
-        return _Stack(nn.LSTM(1, H, depth, batch_first=True), nn.Linear(H, 10))
+        return Stack(nn.LSTM(1, H, depth, batch_first=True), nn.Linear(H, 10))
     if name == "S4":
-        return _Stack(*(S4Block(ours, g) for _ in range(depth)))
-    return _Stack(*(TransformerLayer(H, 4, name, generator=g) for _ in range(depth)))
+        return Stack(*(S4Block(ours, g) for _ in range(depth)))
+    return Stack(*(TransformerLayer(H, 4, name, generator=g) for _ in range(depth)))
 
 
 def _kernel(case: Case, name: str, device: str, generator: Generator):

@@ -32,6 +32,7 @@ __all__ = [
     "show",
     "packed",
     "playable",
+    "result_path",
     "recorded",
 ]
 
@@ -202,6 +203,17 @@ def playable(name: str, data: dict, still: Figure, alt: str) -> HTML:
     )
 
 
+def result_path(name: str) -> Path:
+    """Return where a recorded result lies, or would lie.
+
+    Args:
+        name: of a file or folder in results/, such as "lra.json".
+
+    Source: book/figures.md.
+    """
+    return Path(s4mini.__file__).resolve().parents[1] / "results" / name
+
+
 def recorded(name: str) -> dict | None:
     """Return a measurement kept in results/NAME.json.
 
@@ -217,8 +229,7 @@ def recorded(name: str) -> dict | None:
 
     Source: book/figures.md.
     """
-    results = Path(s4mini.__file__).resolve().parents[1] / "results"
-    path = results / f"{name}.json"
+    path = result_path(f"{name}.json")
     if not path.exists():
         return None
     content = json.loads(path.read_text("utf8"))

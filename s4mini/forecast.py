@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s4mini.baselines import Stack
 from s4mini.bench import write_record
 from s4mini.checks import check_bool, check_int
 from s4mini.data import Batch, SequenceData, Source, contents, load
@@ -33,7 +34,6 @@ __all__ = [
     "last_day",
     "LinearForecaster",
     "LevelForecaster",
-    "LSTMNetwork",
     "make_forecaster",
     "forecast_errors",
     "train_forecaster",
@@ -278,26 +278,6 @@ class LevelForecaster(nn.Module):
         return y[:, -self.horizon :, 0] + level
 
 
-class LSTMNetwork(nn.Module):
-    """Two LSTM layers and a linear readout.
-
-    Args:
-        d_model: channels of each.
-        dropout: between and after them.
-
-    Source: book/forecast.md.
-    """
-
-    def __init__(self, d_model: int = 128, dropout: float = 0.25) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(2, d_model, 2, batch_first=True, dropout=dropout)
-        self.drop, self.readout = nn.Dropout(dropout), nn.Linear(d_model, 1)
-
-    def forward(self, u: Tensor) -> Tensor:
-        """Map (B, L, 2) to (B, L, 1)."""
-        return self.readout(self.drop(self.lstm(u)[0]))
-
-
 def make_forecaster(name: str, window: int, horizon: int) -> nn.Module:
     """Make one of the models that are trained.
 
@@ -314,7 +294,9 @@ def make_forecaster(name: str, window: int, horizon: int) -> nn.Module:
     if name == "linear":
         return LinearForecaster(window, horizon)
     if name == "lstm":
-        return LevelForecaster(LSTMNetwork(), horizon)
+        lstm = nn.LSTM(2, 128, 2, batch_first=True, dropout=0.25)
+        network = Stack(lstm, nn.Dropout(0.25), nn.Linear(128, 1))
+        return LevelForecaster(network, horizon)
     if name != "s4":
         raise ValueError(f"name: expected 's4', 'lstm' or 'linear', got {name!r}")
     config = S4Config(

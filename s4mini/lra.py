@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s4mini.baselines import TransformerLayer
+from s4mini.baselines import Residual, TransformerLayer
 from s4mini.bench import record_runs
 from s4mini.checks import check_choice, check_int
 from s4mini.data import Batch, SequenceData, Source, data_dir, load
@@ -45,7 +45,6 @@ __all__ = [
     "load_pathfinder",
     "PATHFINDER",
     "positions",
-    "LSTMLayer",
     "SequenceClassifier",
     "READERS",
     "make_reader",
@@ -505,25 +504,6 @@ def positions(L: int, H: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(1)
 
 
-class LSTMLayer(nn.Module):
-    """Normalise, pass through an LSTM, add what came in.
-
-    Args:
-        d_model: the number H of channels.
-
-    Source: book/lra.md.
-    """
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(d_model)
-        self.lstm = nn.LSTM(d_model, d_model, batch_first=True)
-
-    def forward(self, u: Tensor) -> Tensor:
-        """Map u (B, L, H) to the same shape."""
-        return u + self.lstm(self.norm(u))[0]
-
-
 class SequenceClassifier(nn.Module):
     """Encode, pass through causal layers, average over steps, decode.
 
@@ -592,8 +572,10 @@ def make_reader(name: str, channels: int, classes: int) -> nn.Module:
             )
         )
     if name == "lstm":
-        layers: list[nn.Module] = [LSTMLayer(30) for _ in range(2)]
         H = 30
+        layers: list[nn.Module] = [
+            Residual(nn.LayerNorm(H), nn.LSTM(H, H, batch_first=True)) for _ in range(2)
+        ]
     else:
         kind, H = "fused" if name == "transformer" else "linear", 24
         layers = [TransformerLayer(H, 4, kind) for _ in range(2)]
