@@ -7,6 +7,7 @@ The same checks run on a little site with one defect a page, so that each is see
 import functools
 import json
 import os
+import re
 import shutil
 import threading
 import urllib.request
@@ -23,6 +24,7 @@ from pybtex.database import Entry, Person
 
 from _ext.pages import AuthorYearLabels
 from s4mini.discretization import discretize
+from s4mini.figures import recorded
 from s4mini.projection import hippo, reconstruct
 from tools.pdf import reading_order
 from tools.tangle import chapters
@@ -115,6 +117,14 @@ async () => {
   if (document.scrollingElement.scrollWidth > width + 1)
     found.push("page scrolls sideways: " + (wide.length ? show(wide[0]) : "not the article"));
   else if (wide.length) found.push("cut off at the right: " + show(wide[0]));
+
+  // Weight: what the page and all it asks for come to, cached or not.
+  const loaded = ["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind));
+  const megabytes = loaded.reduce((sum, { decodedBodySize }) => sum + decodedBodySize, 0) / 1e6;
+  if (loaded.length > 30) found.push(`too many requests: ${loaded.length}`);
+  if (megabytes > 12) found.push(`too heavy: ${megabytes.toFixed(1)} MB`);
+  if (loaded.some(({ name }) => name.includes("plotly")) && !all(".plotly-graph-div").length)
+    found.push("plotly without a figure");
   return found;
 }
 """
@@ -498,6 +508,56 @@ def test_the_memory_obeys_keys_and_hand(browser, site):
     assert not wrong, "\n".join(wrong)
 
 
+SAY = """
+(seconds) => {
+  const { spoken } = handedOver(document.querySelector("[data-playable=remember]"));
+  const said = recording(spoken);
+  return seconds.map(said);
+}
+"""
+
+
+def test_the_word_that_is_said_is_the_recorded_one(front):
+    word = recorded("spoken")
+    samples, second = torch.tensor(word["samples"]), word["hz"] / 40
+    at = torch.cat((torch.arange(len(samples)), torch.arange(len(samples) - 1) + 0.5))
+    got = torch.tensor(front.evaluate(SAY, (at.double() / second).tolist()))
+    expected = torch.cat((samples, (samples[1:] + samples[:-1]) / 2))
+    expected[len(samples) - 1] = 0  # from the last sample on it is quiet
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_a_word_is_said_by_keys(browser, site):
+    with browser.new_context(reduced_motion="reduce") as window:
+        with opened(window, f"{site}book/intro.html") as (page, wrong):
+            page.get_by_role("button", name="Say a word").focus()
+            page.keyboard.press("Enter")
+            assert page.get_by_label("It hears").input_value().startswith("a spoken")
+            assert page.get_by_role("button", name="Stop", exact=True).is_visible()
+            page.wait_for_function("() => document.querySelector('canvas').ariaValueNow < -10")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_without_its_recording_the_page_says_so(browser, site):
+    def without(route):
+        text = (SITE / "book" / "intro.html").read_text("utf8")
+        cut = re.sub(r',"spoken":{[^}]*}', "", text)
+        assert cut != text
+        route.fulfill(body=cut, content_type="text/html")
+
+    with browser.new_context(reduced_motion="reduce") as window:
+        window.route("**/intro.html", without)
+        with opened(window, f"{site}book/intro.html") as (page, wrong):
+            button = page.get_by_role("button", name="its recording is missing")
+            assert button.is_visible() and button.is_disabled()
+            before = page.locator(".playable canvas").get_attribute("aria-valuenow")
+            page.get_by_role("button", name="Play", exact=True).click()
+            page.wait_for_function(
+                "v => document.querySelector('canvas').ariaValueNow != v", arg=before
+            )
+    assert not wrong, "\n".join(wrong)
+
+
 READ = """
 () => {
   const model = modelOf(document.querySelector("[data-playable=finish]"));
@@ -561,6 +621,12 @@ and <code>$$ code $$</code>.</p>
 <div class="solution dropdown"><p hidden>So it is.</p>
 <button class="toggle-button" onclick="previousElementSibling.hidden = false">+</button></div>
 """
+PLOTLESS = '<script>document.querySelector(".plotly-graph-div").remove()</script>'
+HEAVY = """<script>for (let k = 0; k < 9; k++) {
+  const request = new XMLHttpRequest();
+  request.open("GET", `mathjax/tex-svg-full.js?${k}`, false);
+  request.send();
+}</script>"""
 DEFECTS = [
     ("request failed", '<script src="http://127.0.0.1:9/closed.js"></script>'),
     ("request answered 404", '<link rel="stylesheet" href="absent.css">'),
@@ -586,6 +652,9 @@ DEFECTS = [
     ("solution does not open", '<div class="solution dropdown"><p hidden>Shut.</p></div>'),
     ("plotly figure not drawn", '<div class="plotly-graph-div" id="empty"></div>'),
     ("plotly figure without alt", '<figure><div class="plotly-graph-div"></div></figure>'),
+    ("plotly without a figure", f'<img src="0.html?plotly" alt="">{PLOTLESS}'),
+    ("too many requests", "".join(f'<img src="0.html?{k}" alt="">' for k in range(40))),
+    ("too heavy", HEAVY),
     ("plotly figure without caption", '<div role="img" aria-label="A." class="plotly-graph-div">'),
 ]
 # As on the book's pages: only what Sphinx marks as mathematics is typeset.

@@ -4,10 +4,21 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy
 import torch
 
 from s4mini import speech
-from s4mini.speech import LISTENERS, SoundData, half_rate, make_listener, resampled, train_listener
+from s4mini.data import data_dir
+from s4mini.figures import recorded
+from s4mini.speech import (
+    LISTENERS,
+    SoundData,
+    half_rate,
+    make_listener,
+    read_wav,
+    resampled,
+    train_listener,
+)
 
 HZ = 2000
 
@@ -136,3 +147,13 @@ def test_the_cepstrum_of_a_louder_sound_differs_in_its_first_coefficient():
     assert np.ptp(change[:, 0]) < 1e-2  # log 100, times the square root of 26 bands
     assert abs(change[:, 0].mean() - np.log(100) * np.sqrt(26)) < 1e-2
     assert abs(change[:, 1:]).max() < 1e-2
+
+
+def test_the_word_of_the_front_page_is_a_recording_of_the_data_set():
+    path = data_dir() / "fsdd" / "recordings" / "0_theo_0.wav"
+    if not path.exists():
+        pytest.skip("the recordings are not here: `make data` fetches them")
+    u = scipy.signal.resample_poly(read_wav(path).astype(float), 1, 4)
+    word = recorded("spoken")
+    assert word["hz"] == 8000 / 4
+    assert np.abs(u / np.abs(u).max() - word["samples"]).max() < 5.1e-4  # three decimals

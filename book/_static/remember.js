@@ -1,10 +1,11 @@
 // "Remember this": a memory of N numbers hears a signal, and draws back what it holds.
 //
-// The page hands over {rate, first, memories: {name: {clock, span, A, B, R}}}. A (n, n) and
+// The page hands over {rate, first, memories: {name: {clock, span, A, B, R}}, spoken}. A (n, n) and
 // B (n) are those of x' = Ax + Bu, built by s4mini for the largest n; a memory of fewer numbers
 // takes the first rows and columns. R (n, points) reads the past from the state, newest point
 // last. The clock "1/t" stretches the memory over everything heard, x' = (Ax + Bu)/t; the clock
-// "1" keeps it to the last `span` timescales. Checked against Python by tests/test_site.py.
+// "1" keeps it to the last `span` timescales. `spoken`, {word, hz, slower, samples}, may be
+// missing. Checked against Python by tests/test_site.py.
 "use strict";
 
 class Memory {
@@ -75,22 +76,32 @@ class Memory {
   }
 }
 
-// Signals for who does not want to draw: the value at t seconds, within [-1, 1].
+// Signals for who does not want to draw: the value t seconds after the beginning, in [-1, 1].
 const TUNES = {
   waves: (t) => 0.5 * Math.sin(4.3 * t) + 0.35 * Math.sin(14 * t + 1),
   steps: (t) => [0.6, -0.5, 0.15, -0.8, 0.8, -0.1][Math.floor(t / 0.7) % 6],
   "a rising tone": (t) => 0.8 * Math.sin(1.8 * (t % 7) ** 2),
 };
 
+// A recording, slowed down, with a pause of a second before it is heard again.
+const recording = ({ hz, slower, samples }) => (t) => {
+  const at = (t % ((samples.length * slower) / hz + 1)) * (hz / slower), k = Math.floor(at);
+  return k + 1 < samples.length ? samples[k] + (at - k) * (samples[k + 1] - samples[k]) : 0;
+};
+
 const handedOver = (root) => {
   const data = JSON.parse(root.querySelector("script").textContent);
   for (const memory of Object.values(data.memories))
     for (const key of ["A", "B", "R"]) memory[key] = unpack(memory[key]);
+  if (data.spoken) data.spoken.samples = unpack(data.spoken.samples);
   return data;
 };
 
 const remember = (root) => {
   const data = handedOver(root);
+  const { spoken } = data, tunes = { ...TUNES };
+  const word = spoken && `a spoken “${spoken.word}”, ${spoken.slower} times slower`;
+  if (spoken) tunes[word] = recording(spoken);
   const sizes = [2, 4, 8, 16, 32].filter((N) => N <= data.memories[data.first].B.length);
   const SHOWN = 6 * data.rate, BARS = 76; // samples on the canvas; pixels for the state
   const LONGEST = 600 * data.rate; // ten minutes, then it stops
@@ -107,10 +118,13 @@ const remember = (root) => {
   for (const [value, { label }] of Object.entries(data.memories))
     kind.append(element("option", { value, textContent: label }));
   kind.value = data.first;
-  const size = choice(sizes, sizes.at(-1)), tune = choice([...Object.keys(TUNES), "your hand"], "waves");
+  const size = choice(sizes, sizes.at(-1)), tune = choice([...Object.keys(tunes), "your hand"], "waves");
   const scale = element("input", { type: "range", min: 0.5, max: 5, step: 0.5, value: 2 });
   const scaleText = element("span", { className: "value" });
-  const play = element("button", { type: "button" }), forget = element("button", { type: "button", textContent: "Forget" });
+  const button = (textContent) => element("button", { type: "button", textContent });
+  const play = button(), forget = button("Forget"), say = button("Say a word");
+  say.disabled = !spoken;
+  if (!spoken) say.textContent = "No word to say: its recording is missing";
   const canvas = element("canvas", { tabIndex: 0, role: "slider" });
   canvas.ariaLabel = "The signal: up and down arrow keys move it, space starts and stops";
   canvas.ariaOrientation = "vertical";
@@ -122,12 +136,12 @@ const remember = (root) => {
     said,
     element("form", { className: "controls" },
       field("It keeps", size), field("numbers of", kind),
-      field("on a timescale of", scale, scaleText), field("It hears", tune), play, forget),
+      field("on a timescale of", scale, scaleText), field("It hears", tune), play, say, forget),
   );
   root.querySelector("form").onsubmit = (event) => event.preventDefault();
 
   // The game.
-  let memory, past, hand = 0, held = false, running = !still, seen = true;
+  let memory, past, begun = 0, hand = 0, held = false, running = !still, seen = true;
   const describe = () => {
     scale.disabled = data.memories[kind.value].clock === "1/t";
     scaleText.textContent = scale.disabled ? "needs none" : `${(+scale.value).toFixed(1)} s`;
@@ -142,8 +156,8 @@ const remember = (root) => {
     draw();
   };
   const advance = () => {
-    const known = TUNES[tune.value];
-    if (known && !held) hand = known(past.length / data.rate);
+    const known = tunes[tune.value];
+    if (known && !held) hand = known((past.length - begun) / data.rate);
     past.push(hand);
     memory.hear(hand);
   };
@@ -247,10 +261,18 @@ const remember = (root) => {
     event.preventDefault();
   };
   kind.onchange = size.onchange = scale.oninput = remake;
-  tune.onchange = () => run(true);
+  tune.onchange = () => {
+    begun = past.length;
+    run(true);
+  };
+  say.onclick = () => {
+    tune.value = word;
+    tune.onchange();
+  };
   play.onclick = () => run(!running);
   forget.onclick = () => {
     past = [];
+    begun = 0;
     remake();
   };
   new IntersectionObserver(([entry]) => (seen = entry.isIntersecting)).observe(canvas);
