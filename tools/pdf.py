@@ -61,7 +61,7 @@ h1, h2, h3, h4 { break-after: avoid; }
   break-inside: auto !important;
 }
 .bd-article pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-.bd-article img { max-height: 150mm; }
+.bd-article img { max-height: 105mm; }
 """
 
 

@@ -224,6 +224,7 @@ const finish = (root) => {
     show();
   };
   addEventListener("resize", show);
+  new MutationObserver(show).observe(document.documentElement, { attributeFilter: ["data-theme"] });
   pixels = new Uint8Array(L);
   pick.value = "0";
   pick.onchange();

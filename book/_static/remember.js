@@ -277,6 +277,7 @@ const remember = (root) => {
   };
   new IntersectionObserver(([entry]) => (seen = entry.isIntersecting)).observe(canvas);
   addEventListener("resize", draw);
+  new MutationObserver(draw).observe(document.documentElement, { attributeFilter: ["data-theme"] });
   past = [];
   memory = new Memory(data.memories[kind.value], 2, data.rate);
   for (let k = 0; k < SHOWN; k++) advance();
