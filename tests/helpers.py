@@ -33,6 +33,12 @@ def relative(a, b):
     return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
+def random_dense(N, seed=0, dtype=torch.float64):
+    """Return A, B, C and a state x of a random stable system."""
+    A, vectors = signal(N, N, dtype=dtype, seed=seed), signal(3, N, dtype=dtype, seed=seed + 1)
+    return A / N**0.5 - 1.5 * torch.eye(N, dtype=dtype), *vectors
+
+
 def random_half(*batch, n=4, r=1, seed=0):
     """Return Lambda, P, B, C of random stable half spectra."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from helpers import signal
 
 from s4mini import fused
 from s4mini.cauchy_sum import damp, nodes
@@ -29,8 +30,7 @@ def triton(monkeypatch):
 
 def system(*batch, k=4, n=3, L=9, seed=0, dtype=torch.complex128):
     """Return v, Lambda, x, y of random stable modes."""
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(*batch, k + 1, n, generator=generator, dtype=torch.complex128)
+    z = signal(*batch, k + 1, n, dtype=torch.complex128, seed=seed)
     Lambda = torch.complex(-0.1 - z[..., 0, :].real.abs(), 3 * z[..., 0, :].imag)
     parts = [t.to(DEVICE, dtype) for t in (z[..., 1:, :], Lambda)]
     return [*parts, *nodes(L, dtype.to_real(), DEVICE)]
@@ -52,8 +52,7 @@ def compare(tensors, tolerance):
     for function, given in ((fused_cauchy, tensors), (plain, wide(tensors))):
         leaves = [t.detach().clone().requires_grad_() for t in given[:2]]
         k = function(*leaves, *given[2:])
-        generator = torch.Generator().manual_seed(1)
-        g = torch.randn(k.shape, generator=generator, dtype=torch.complex128)
+        g = signal(*k.shape, dtype=torch.complex128)
         results.append([k, *torch.autograd.grad(k, leaves, g.to(k))])
     for got, expected in zip(*results, strict=True):
         assert got.shape == expected.shape
@@ -124,8 +123,7 @@ def test_modes_on_the_axis_and_at_zero(triton):
 @pytest.mark.parametrize(("measure", "r"), [("legs", 1), ("legt", 2), ("random", 3)])
 def test_kernels_of_dplr_kernel(triton, measure, r):
     half = half_spectrum(nplr("legs" if measure == "random" else measure, 6))
-    generator = torch.Generator().manual_seed(0)
-    P = torch.randn(3, r, generator=generator, dtype=torch.complex128)
+    P = signal(3, r, dtype=torch.complex128)
     P = P if measure == "random" else half.P
     parts = [t.to(DEVICE) for t in (half.Lambda, P, half.B, half.V[1])]
     for L in (7, 8):

@@ -6,6 +6,7 @@ import sys
 import mpmath
 import pytest
 import torch
+from helpers import dense_kernel, random_half, relative, signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,35 +14,16 @@ from s4mini.cauchy_sum import keops_available
 from s4mini.convolve import krylov_kernel
 from s4mini.discretization import discretize
 from s4mini.kernel import backends, dplr_kernel
-from s4mini.lowrank import half_spectrum, nplr, real_form
+from s4mini.lowrank import half_spectrum, nplr
 from s4mini.projection import hippo
 
 kernel = sys.modules["s4mini.kernel"]  # the module, whatever the package calls so
 
 
-def random_system(*batch, n=4, r=1, seed=0):
-    """Return Lambda, P, B, C of random stable half spectra."""
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(*batch, n, r + 3, generator=generator, dtype=torch.complex128)
-    Lambda = torch.complex(-0.05 - z[..., 0].real.abs(), 6 * z[..., 0].imag)
-    return Lambda, z[..., 3:], z[..., 1], z[..., 2]
-
-
 def legs(N, seed=0):
     """Return the LegS half spectrum with a random C, and C itself."""
-    modes = half_spectrum(nplr("legs", N))
-    generator = torch.Generator().manual_seed(seed)
-    C = torch.randn(N, generator=generator, dtype=torch.float64)
+    modes, C = half_spectrum(nplr("legs", N)), signal(N, seed=seed)
     return (modes.Lambda, modes.P, modes.B, C.to(modes.V) @ modes.V), C
-
-
-def dense(Lambda, P, B, C, dt, L):
-    A, B, C = real_form(Lambda, P, B, C)
-    return krylov_kernel(*discretize(A, B, dt), C, L)
-
-
-def error(K, exact):
-    return ((K - exact).abs().max() / exact.abs().max()).item()
 
 
 @pytest.mark.parametrize("backend", ["auto", "cauchy"])
@@ -53,7 +35,7 @@ def test_legs_against_the_dense_recurrence(N, dt, backend):
     for L in (1, 2, 3, 15, 16, 17, 1000):
         K = dplr_kernel(*system, dt, L, backend)
         assert K.shape == (L,) and K.dtype == torch.float64
-        assert error(K, slow[:L]) < 1e-12
+        assert relative(K, slow[:L]) < 1e-12
 
 
 @settings(deadline=None, max_examples=25)
@@ -65,9 +47,9 @@ def test_legs_against_the_dense_recurrence(N, dt, backend):
     seed=st.integers(0, 999),
 )
 def test_any_rank_and_length(n, r, L, dt, seed):
-    system = random_system(n=n, r=r, seed=seed)
+    system = random_half(n=n, r=r, seed=seed)
     for backend in ("tables", "cauchy"):
-        K, slow = dplr_kernel(*system, dt, L, backend), dense(*system, dt, L)
+        K, slow = dplr_kernel(*system, dt, L, backend), dense_kernel(*system, dt, L)
         scale = max(slow.abs().max().item(), 1e-3 * dt)  # small by cancellation
         assert (K - slow).abs().max() < 1e-10 * scale
 
@@ -79,20 +61,20 @@ def test_single_precision(L, dt):
     exact = dplr_kernel(*system, dt, L)
     K = dplr_kernel(*(t.to(torch.complex64) for t in system), dt, L)
     assert K.dtype == torch.float32
-    assert error(K.double(), exact) < 5e-6
+    assert relative(K.double(), exact) < 5e-6
 
 
 def test_channels_with_their_own_step():
-    system = random_system(5, r=2)
+    system = random_half(5, r=2)
     dt = torch.logspace(-3, 0, 5, dtype=torch.float64)
     K = dplr_kernel(*system, dt, 50)
     for h in range(5):
         one = [t[h] for t in system]
-        assert error(K[h], dense(*one, dt[h].item(), 50)) < 1e-11
+        assert relative(K[h], dense_kernel(*one, dt[h].item(), 50)) < 1e-11
 
 
 def test_batch_axes_broadcast():
-    Lambda, P, B, C = random_system(3, r=2)
+    Lambda, P, B, C = random_half(3, r=2)
     directions = torch.stack((C, -2 * C))  # (2, 3, n)
     examples = torch.stack((B, 3 * B, B, B))[:, None]  # (4, 1, 3, n)
     dt = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
@@ -106,7 +88,7 @@ def test_batch_axes_broadcast():
 @pytest.mark.parametrize("backend", ["tables", "cauchy"])
 @pytest.mark.parametrize("L", [1, 2, 5, 20])
 def test_gradients(L, backend):
-    system = random_system(2, n=2, r=2)
+    system = random_half(2, n=2, r=2)
     dt = torch.tensor([0.1, 0.8], dtype=torch.float64)
     inputs = [t.clone().requires_grad_() for t in (*system, dt)]
     assert torch.autograd.gradcheck(lambda *t: dplr_kernel(*t, L, backend), inputs)
@@ -122,7 +104,7 @@ def test_gradients_of_the_backends_agree_in_single_precision():
         dplr_kernel(*inputs, 0.01, 512, backend).square().sum().backward()
         grads.append([t.grad.to(torch.complex128) for t in inputs])
     for one, two in zip(*grads, strict=True):
-        assert error(one, two) < 1e-4
+        assert relative(one, two) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -132,7 +114,7 @@ def test_gradients_of_the_backends_agree_in_single_precision():
 def test_against_fifty_digits(measure, N, dt, L):
     """The recurrence, where no floating-point reference is trusted."""
     half = half_spectrum(nplr(measure, N))
-    C = torch.randn(N, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    C = signal(N, seed=N)
     with mpmath.workdps(50):
         A, B = (mpmath.matrix(t.tolist()) for t in hippo(measure, N))
         step, eye = A * (mpmath.mpf(dt) / 2), mpmath.eye(N)
@@ -145,29 +127,29 @@ def test_against_fifty_digits(measure, N, dt, L):
     system = half.Lambda, half.P, half.B, C.to(half.V) @ half.V
     for backend in ("tables", "cauchy"):
         K = dplr_kernel(*system, dt, L, backend)
-        assert error(K, torch.tensor(truth, dtype=torch.float64)) < 1e-13
+        assert relative(K, torch.tensor(truth, dtype=torch.float64)) < 1e-13
 
 
 def test_small_steps_keep_their_digits():
     """The difference from the identity is not found by subtraction."""
-    system = random_system(r=1)
+    system = random_half(r=1)
     for backend in ("tables", "cauchy"):
         exact = dplr_kernel(*system, 1e-7, 9, "tables")
         single = dplr_kernel(*(t.to(torch.complex64) for t in system), 1e-7, 9, backend)
-        assert error(single.double(), exact) < 3e-6
+        assert relative(single.double(), exact) < 3e-6
 
 
 def test_a_length_is_a_piece_of_a_longer_one():
-    system = random_system(r=2)
+    system = random_half(r=2)
     K = dplr_kernel(*system, 0.01, 1000)
     for L in (1, 2, 99, 512):
         assert torch.allclose(dplr_kernel(*system, 0.01, L), K[:L], atol=1e-13)
 
 
 def test_a_very_long_kernel():
-    system = random_system(n=2)
+    system = random_half(n=2)
     K = dplr_kernel(*(t.to(torch.complex64) for t in system), 1e-4, 10**6)
-    assert error(K[:1000].double(), dplr_kernel(*system, 1e-4, 1000)) < 1e-5
+    assert relative(K[:1000].double(), dplr_kernel(*system, 1e-4, 1000)) < 1e-5
 
 
 def test_autocast_is_switched_off():
@@ -178,7 +160,7 @@ def test_autocast_is_switched_off():
 
 
 def test_inputs_are_left_alone():
-    system = random_system(2)
+    system = random_half(2)
     before = [t.clone() for t in system]
     dplr_kernel(*system, 0.1, 30)
     assert all(torch.equal(a, b) for a, b in zip(system, before, strict=True))
@@ -190,10 +172,10 @@ def test_on_a_gpu(backend):
     system, _ = legs(64)
     exact = dplr_kernel(*system, 0.01, 1000)
     K = dplr_kernel(*(t.cuda() for t in system), 0.01, 1000, backend)
-    assert K.is_cuda and error(K.cpu(), exact) < 1e-12
+    assert K.is_cuda and relative(K.cpu(), exact) < 1e-12
 
 
-GOOD = dict(zip(("Lambda", "P", "B", "C"), random_system(3), strict=True), dt=0.1, L=8)
+GOOD = dict(zip(("Lambda", "P", "B", "C"), random_half(3), strict=True), dt=0.1, L=8)
 BAD = [
     (TypeError, "Lambda", {"Lambda": [1.0]}),
     (TypeError, "P", {"P": torch.ones(3, 4, 1, dtype=torch.int64)}),
@@ -255,7 +237,7 @@ def states(A, B, dt, L):
 )
 def test_every_measure_size_step_and_length(measure, N, L, dt, backend, seed):
     half = half_spectrum(nplr(measure, N))
-    C = torch.randn(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    C = signal(N, seed=seed)
     X = states(*hippo(measure, N), dt, L)
     possible = C.norm() * X.norm(dim=0).max()
     system = half.Lambda, half.P, half.B, C.to(half.V) @ half.V
@@ -292,17 +274,17 @@ def test_modes_that_meet_a_node():
     L, dt = 24, 0.5
     theta = 2 * math.pi * torch.tensor([0, 3, 7, 11], dtype=torch.float64) / L
     Lambda = 2j / dt * torch.tan(theta / 2)
-    _, P, B, C = random_system()
+    _, P, B, C = random_half()
     for scale in (0, 1):
         system = Lambda, scale * P, B, C
-        assert error(dplr_kernel(*system, dt, L), dense(*system, dt, L)) < 1e-12
+        assert relative(dplr_kernel(*system, dt, L), dense_kernel(*system, dt, L)) < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["tables", "cauchy"])
 def test_output_vectors_of_many_channels(backend):
     """Two output vectors share the system of each of forty channels."""
-    Lambda, P, B, _ = random_system(40, n=64)
-    C = torch.stack([random_system(40, n=64, seed=s)[3] for s in (1, 2)])
+    Lambda, P, B, _ = random_half(40, n=64)
+    C = torch.stack([random_half(40, n=64, seed=s)[3] for s in (1, 2)])
     K = dplr_kernel(Lambda, P, B, C, 0.01, 33, backend)
     for h in (0, 15, 16, 39):
         for e in (0, 1):
@@ -312,7 +294,7 @@ def test_output_vectors_of_many_channels(backend):
 
 def test_memory_has_no_entry_for_each_mode_and_node():
     """What is kept for the backward pass has no entry per mode and node."""
-    system = [t.requires_grad_() for t in random_system(64, n=32)]
+    system = [t.requires_grad_() for t in random_half(64, n=32)]
     kept = {}
 
     def pack(t):
@@ -329,7 +311,7 @@ def test_memory_has_no_entry_for_each_mode_and_node():
 @pytest.mark.skipif(bool(keops_available()), reason=keops_available())
 def test_keops_agrees():
     """Values, and the gradient by C; each kind of sum is compiled once, slowly."""
-    Lambda, P, B, C = (t.to(torch.complex64) for t in random_system(3, n=5, r=1))
+    Lambda, P, B, C = (t.to(torch.complex64) for t in random_half(3, n=5, r=1))
     found = []
     for backend in ("keops", "cauchy"):
         leaf = C.clone().requires_grad_()
@@ -337,7 +319,7 @@ def test_keops_agrees():
         K.square().sum().backward()
         found.append((K.detach(), leaf.grad))
     for one, two in zip(*found, strict=True):
-        assert error(one, two) < 1e-5
+        assert relative(one, two) < 1e-5
 
 
 def test_backends_say_why_not(monkeypatch):
@@ -351,7 +333,7 @@ def test_backends_say_why_not(monkeypatch):
 
 
 def test_torch_compile_leaves_it_as_it_is():
-    system = [t.to(torch.complex64) for t in random_system()]
+    system = [t.to(torch.complex64) for t in random_half()]
     C = system[3].clone().requires_grad_()
 
     def run(C):

@@ -4,22 +4,12 @@ import math
 
 import pytest
 import torch
+from helpers import random_half, signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s4mini.lowrank import NPLR, half_spectrum, nplr, real_form
 from s4mini.projection import MEASURES, hippo
-
-
-def random_half(generator, n, r, batch=()):
-    """A random stable half spectrum Lambda, P, B, C."""
-
-    def draw(*shape):
-        return torch.randn(*batch, *shape, generator=generator, dtype=torch.complex128)
-
-    Lambda = torch.complex(-draw(n).abs() - 0.1, 10 * draw(n).abs() + 0.1)
-    return Lambda, draw(n, r), draw(n), draw(n)
-
 
 RANK = {"legs": 1, "legt": 2, "lagt": 1, "fout": 1}
 
@@ -83,7 +73,7 @@ def test_half_spectrum_keeps_the_upper_half(measure, N):
     assert isinstance(half, NPLR)
     assert half.V.shape == (N, N // 2) and half.P.shape == (N // 2, RANK[measure])
     assert (half.Lambda.imag >= 0).all()
-    x = torch.randn(N, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    x = signal(N, seed=N)
     kept = half.V.mH @ x.to(half.V)
     assert torch.allclose(2 * (half.V @ kept).real, x, atol=1e-12)
 
@@ -98,7 +88,7 @@ def test_half_spectrum_in_any_order():
 @pytest.mark.parametrize("N", [2, 6, 32, 64])
 def test_real_form_has_the_same_transfer_function(N):
     A, B = hippo("legs", N)
-    C = torch.randn(N, generator=torch.Generator().manual_seed(N), dtype=torch.float64)
+    C = signal(N, seed=N)
     half = half_spectrum(nplr("legs", N))
     a, b, c = real_form(half.Lambda, half.P, half.B, C.to(half.V) @ half.V)
     assert a.dtype == b.dtype == c.dtype == torch.float64
@@ -113,7 +103,7 @@ def test_real_form_has_the_same_transfer_function(N):
 @settings(deadline=None, max_examples=25)
 def test_real_form_of_any_rank(n, r, seed):
     """The real form and the doubled complex system have one transfer function."""
-    Lambda, P, B, C = random_half(torch.Generator().manual_seed(seed), n, r)
+    Lambda, P, B, C = random_half(n=n, r=r, seed=seed)
     a, b, c = real_form(Lambda, P, B, C)
     whole = [torch.cat((z, z.conj())) for z in (Lambda, P, B, C)]
     s = torch.eye(2 * n, dtype=torch.complex128) * 1.5j
@@ -126,14 +116,14 @@ def test_real_form_of_any_rank(n, r, seed):
 @given(st.integers(1, 8), st.integers(1, 3), st.floats(0.01, 100), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=25)
 def test_stable_for_every_P(n, r, size, seed):
-    Lambda, P, _, _ = random_half(torch.Generator().manual_seed(seed), n, r)
+    Lambda, P, _, _ = random_half(n=n, r=r, seed=seed)
     A, _, _ = real_form(Lambda, size * P, Lambda, Lambda)
     margin = 1e-9 * A.norm()
     assert torch.linalg.eigvals(A).real.max() <= Lambda.real.max() + margin
 
 
 def test_real_form_batches_dtypes_and_gradients():
-    half = random_half(torch.Generator().manual_seed(1), 3, 2, batch=(5, 4))
+    half = random_half(5, 4, n=3, r=2, seed=1)
     A, B, C = real_form(*half)
     assert A.shape == (5, 4, 6, 6) and B.shape == C.shape == (5, 4, 6)
     single = real_form(*(z[2, 3] for z in half))
@@ -146,12 +136,12 @@ def test_real_form_batches_dtypes_and_gradients():
 
 
 def test_real_form_has_second_derivatives():
-    half = random_half(torch.Generator().manual_seed(3), 2, 1)
+    half = random_half(n=2, seed=3)
     assert torch.autograd.gradgradcheck(real_form, [z.requires_grad_() for z in half])
 
 
 def test_real_form_takes_real_vectors():
-    Lambda, P, B, C = random_half(torch.Generator().manual_seed(2), 3, 1)
+    Lambda, P, B, C = random_half(n=3, seed=2)
     mixed = real_form(Lambda, P.real, B.real, C.real)
     same = real_form(Lambda, P.real + 0j, B.real + 0j, C.real + 0j)
     for first, second in zip(mixed, same, strict=True):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from helpers import random_dense, signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,15 +17,11 @@ few = settings(deadline=None, max_examples=20)
 
 
 def random_system(N, seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    A = torch.randn(N, N, generator=generator, dtype=dtype) / N**0.5
-    B, C = torch.randn(2, N, generator=generator, dtype=dtype)
-    return SSM(A - 1.5 * torch.eye(N, dtype=dtype), B, C)
+    return SSM(*random_dense(N, seed, dtype)[:3])
 
 
 def random_matrix(N, seed, dtype=torch.complex128):
-    generator = torch.Generator().manual_seed(1000 + seed)
-    M = torch.randn(N, N, generator=generator, dtype=dtype)
+    M = signal(N, N, dtype=dtype, seed=1000 + seed)
     return M + 3 * math.sqrt(N) * torch.eye(N, dtype=dtype)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import dense_kernel, random_half
+from helpers import dense_kernel, random_half, signal
 
 from s4mini.discretization import discretize
 from s4mini.lowrank import half_spectrum, nplr, real_form
@@ -34,7 +34,7 @@ def test_kernel_is_the_recurrence(n, r, L):
 def test_accuracy(measure, dt):
     """Against the dense recurrence, relative to the largest entry."""
     half, L = half_spectrum(nplr(measure, 64)), 4096
-    C = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    C = signal(64)
     A_bar, X = discretize(*hippo(measure, 64), dt)
     X, E = X[:, None], A_bar - torch.eye(64, dtype=torch.float64)
     while X.shape[1] < L:
@@ -80,7 +80,7 @@ def test_rows(count):
 
 
 def test_a_row_times_a_column_is_twice_the_real_part():
-    c, x = torch.randn(2, 5, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    c, x = signal(2, 5, dtype=torch.complex128)
     found = real_rows(c[None]) @ real_columns(x[:, None])
     assert torch.allclose(found[0, 0], 2 * (c * x).sum().real)
 
