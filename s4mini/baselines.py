@@ -19,7 +19,7 @@ from s4mini.checks import (
     check_choice,
     check_generator,
     check_int,
-    check_positive,
+    check_step,
     check_tensors,
 )
 from s4mini.convolve import causal_conv
@@ -473,7 +473,7 @@ def unit_circle_kernel(
     Source: Gu et al. 2022a, algorithm 1; book/baselines.md.
     """
     L = check_int("L", L)
-    check_positive("dt", dt)
+    check_step("dt", dt)
     check_choice("keops", keops, (False, True))
     check_tensors(Lambda=(Lambda, "... n"), P=(P, "... n r"))
     check_tensors(Lambda=(Lambda, "... n"), B=(B, "... n"))

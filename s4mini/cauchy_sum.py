@@ -16,7 +16,7 @@ from tempfile import TemporaryFile
 import torch
 from torch import Tensor
 
-from s4mini.checks import check_choice, check_int, check_tensors
+from s4mini.checks import check_choice, check_device, check_int, check_tensors
 from s4mini.generating import check_batch
 
 __all__ = ["nodes", "damp", "cauchy", "keops_available"]
@@ -45,7 +45,8 @@ def nodes(
     Source: book/cauchy_sum.md.
     """
     L = check_int("L", L)
-    if not dtype.is_floating_point:
+    check_device("device", device)
+    if not getattr(dtype, "is_floating_point", False):
         raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
     k = torch.arange(L // 2 + 1, dtype=torch.float64, device=device)
     x = 2 * torch.sin(math.pi / L * k)

@@ -10,10 +10,12 @@ import functools
 import inspect
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from numbers import Real
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -26,8 +28,13 @@ __all__ = [
     "check_bool",
     "check_positive",
     "check_dense",
+    "FLOATS",
     "values_can_be_read",
+    "STEPS",
+    "check_step",
     "check_generator",
+    "check_path",
+    "check_device",
     "check_choice",
     "check_tensors",
     "checked",
@@ -183,13 +190,14 @@ def check_dense(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
-_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: The kinds of numbers that tensors of parameters can hold.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX = (torch.complex64, torch.complex128)
 
 
 def _check_dtype(name: str, value: Tensor, real: bool) -> None:
     """Refuse a tensor that cannot be computed with."""
-    if value.dtype not in (_REAL if real else _REAL + _COMPLEX):
+    if value.dtype not in (FLOATS if real else FLOATS + _COMPLEX):
         kinds = "floating" if real else "floating or complex"
         raise TypeError(f"{name}: expected a {kinds} tensor, got {value.dtype}")
     check_dense(name, value)
@@ -211,6 +219,43 @@ def values_can_be_read() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None
 
 
+#: The smallest and the largest time step that functions here compute with.
+STEPS = 1e-16, 1e16
+
+
+def check_step(name: str, value: float | Tensor) -> float | Tensor:
+    """Return time steps that can be computed with; refuse others.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a number, or a real tensor of any shape.
+
+    Returns:
+        The number as a Python float, or the tensor.
+
+    Raises:
+        TypeError: value is neither a real number nor a floating tensor.
+        ValueError: value, or an entry of it, is outside STEPS, or NaN.
+
+    Source: book/checks.md.
+    """
+    low, high = STEPS
+    if isinstance(value, Tensor):
+        _check_dtype(name, value, real=True)
+        if not values_can_be_read():
+            return value
+        wide = value.double() if value.itemsize < 4 else value
+        bad = wide[~((wide >= low) & (wide <= high))].tolist()
+    else:
+        value = check_positive(name, value)
+        bad = [] if low <= value <= high else [value]
+    if bad:
+        raise ValueError(
+            f"{name}: expected a step in [{low:g}, {high:g}], got {bad[0]:g}"
+        )
+    return value
+
+
 def check_generator(name: str, value: Generator | None) -> None:
     """Refuse what is no source of random numbers of PyTorch.
 
@@ -228,6 +273,57 @@ def check_generator(name: str, value: Generator | None) -> None:
             f"{name}: expected a torch.Generator, such as torch.Generator()"
             f".manual_seed(0), or None, got {type(value).__name__}"
         )
+
+
+def check_path(name: str, value: str | os.PathLike) -> Path:
+    """Return a path; refuse what names none.
+
+    Args:
+        name: the argument's name, for the message.
+        value: a string or an object such as Path.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: value is of another kind.
+        ValueError: it is empty, or no system could have such a path.
+
+    Source: book/checks.md.
+    """
+    if not isinstance(value, str | os.PathLike):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected a path, got {kind} {value!r}")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError(f"{name}: expected a path, got {text!r}")
+    return Path(text)
+
+
+def check_device(name: str, value: torch.device | str | int | None) -> None:
+    """Refuse what is no device of this machine.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given; None stands for PyTorch's default.
+
+    Raises:
+        TypeError: value is of another kind.
+        ValueError: there is no such device.
+
+    Source: book/checks.md.
+    """
+    known = isinstance(value, torch.device | str | int | None)
+    if not known or isinstance(value, bool):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected a device such as 'cpu', got {kind}")
+    if torch.compiler.is_compiling():
+        return
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        said = f"{name}: expected a device of this machine, such as 'cpu', got"
+        raise ValueError(f"{said} {value!r}") from error
 
 
 def check_choice(name: str, value: object, allowed: Sequence) -> None:

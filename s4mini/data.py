@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from s4mini.checks import check_choice
+from s4mini.checks import check_choice, check_device, check_path
 
 __all__ = [
     "Batch",
@@ -125,6 +125,7 @@ class SequenceData:
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same data set on another device."""
+        check_device("device", device)
         values = {f.name: _on(getattr(self, f.name), device) for f in fields(self)}
         return replace(self, **values)
 
@@ -205,7 +206,9 @@ def from_tensors(
     Source: book/data.md.
     """
     given = {"train": train, "validation": validation, "test": test}
-    splits = {s: Batch(*parts) for s, parts in given.items() if parts is not None}
+    if validation is None:
+        del given["validation"]
+    splits = {split: _as_batch(split, parts) for split, parts in given.items()}
     for split, batch in splits.items():
         _check_tensors(split, *batch, splits["train"].u.shape[1:])
         first = splits["train"]
@@ -238,6 +241,20 @@ def from_tensors(
     )
 
 
+def _as_batch(split: str, parts: tuple | None) -> Batch:
+    """Refuse anything but two or three tensors."""
+    if isinstance(parts, tuple | list) and len(parts) in (2, 3):
+        batch = Batch(*parts)
+        if all(isinstance(x, Tensor) for x in batch if x is not None):
+            return batch
+        got = ", ".join(type(x).__name__ for x in parts)
+    else:
+        got = type(parts).__name__
+    raise TypeError(
+        f"{split}: expected tensors (u, target) or (u, target, lengths), got {got}"
+    )
+
+
 def _check_tensors(
     split: str,
     u: Tensor,
@@ -246,8 +263,6 @@ def _check_tensors(
     shape: tuple[int, ...],
 ) -> None:
     """Refuse tensors that are no split of a data set."""
-    if not (isinstance(u, Tensor) and isinstance(target, Tensor)):
-        raise TypeError(f"{split}: expected tensors u and target")
     if not u.is_floating_point() or u.ndim != 3 or u.shape[1:] != shape:
         raise ValueError(
             f"{split}: expected floating u (n, L, channels) with "
@@ -313,6 +328,11 @@ def whole(batch: Any) -> Any:
     return batch
 
 
+def _root(folder: str | Path | None) -> Path:
+    """Return the folder that was named, or the usual one."""
+    return data_dir() if folder is None else check_path("folder", folder)
+
+
 def data_dir() -> Path:
     """Return the folder in which data sets are looked for.
 
@@ -359,7 +379,7 @@ class Source:
 
     def paths(self, folder: str | Path | None = None) -> dict[str, Path]:
         """Return where each file is, packed by gzip or not."""
-        root = Path(folder or data_dir()) / self.folder
+        root = _root(folder) / self.folder
         packed = {f: root / f"{f}.gz" for f in self.files}
         return {f: p if p.exists() else root / f for f, p in packed.items()}
 
@@ -676,7 +696,7 @@ def download(
 
     Source: book/data.md.
     """
-    folder = Path(folder or data_dir())
+    folder = _root(folder)
     if available(name, folder):
         return folder
     found, lock = source(name), needs("filelock").FileLock

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s4mini.checks import check_choice, check_int, check_positive, check_tensors
+from s4mini.checks import check_choice, check_int, check_step, check_tensors
 from s4mini.lowrank import half_spectrum, nplr
 from s4mini.recurrence import check_broadcast, check_lengths
 
@@ -165,7 +165,7 @@ def _examined(
     """Examine a diagonal system; return dt and the tensors, of one kind."""
     check_choice("method", method, ("zoh", "bilinear"))
     check_tensors(**{k: (v, "... n") for k, v in tensors.items()})
-    check_positive("dt", dt)
+    check_step("dt", dt)
     Lambda, kind = tensors["Lambda"], torch.complex64
     if (Lambda.real > 0).any():
         raise ValueError(

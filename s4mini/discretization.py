@@ -10,7 +10,7 @@ Tangled from book/discretization.md.
 import torch
 from torch import Tensor
 
-from s4mini.checks import check_choice, check_positive, check_tensors
+from s4mini.checks import check_choice, check_step, check_tensors
 from s4mini.ssm import expm, promote
 
 __all__ = ["gbt", "zoh", "discretize"]
@@ -19,7 +19,7 @@ __all__ = ["gbt", "zoh", "discretize"]
 def _prepare(A: Tensor, B: Tensor, dt: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return dt A and dt B with the batch axes of all three arguments."""
     check_tensors(A=(A, "... N N"), B=(B, "... N"))
-    check_positive("dt", dt)
+    check_step("dt", dt)
     A, B = promote(A=A, B=B)
     dt = torch.as_tensor(dt, dtype=A.real.dtype, device=A.device)
     shapes = A.shape[:-2], B.shape[:-1], dt.shape

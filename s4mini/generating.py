@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s4mini.checks import check_int, check_positive, check_tensors
+from s4mini.checks import check_device, check_int, check_positive, check_tensors
 
 __all__ = ["roots", "check_batch", "truncated_C"]
 
@@ -39,7 +39,8 @@ def roots(
     Source: Gu et al. 2022a, lemma C.2; book/generating.md.
     """
     L = check_int("L", L)
-    if not dtype.is_complex:
+    check_device("device", device)
+    if not getattr(dtype, "is_complex", False):
         raise TypeError(f"dtype: expected a complex dtype, got {dtype}")
     k = torch.arange(L // 2 + 1, dtype=torch.float64, device=device)
     theta = 2 * math.pi * k / L

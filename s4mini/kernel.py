@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from s4mini.cauchy_sum import cauchy, damp, keops_available, nodes
-from s4mini.checks import check_int, check_positive, check_tensors, values_can_be_read
+from s4mini.checks import check_int, check_step, check_tensors, values_can_be_read
 from s4mini.generating import check_batch, truncated_C
 from s4mini.lowrank import real_form
 
@@ -134,7 +134,7 @@ def _damped(
 
 def _alike(dt: float | Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
     """Examine dt and the batch axes; give all one precision."""
-    check_positive("dt", dt)
+    check_step("dt", dt)
     kind, shapes = torch.complex64, {"dt": getattr(dt, "shape", ())}
     for name, value in tensors.items():
         kind = torch.promote_types(kind, value.dtype)

@@ -16,10 +16,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from s4mini.checks import (
+    FLOATS,
     check_choice,
     check_dense,
+    check_device,
     check_int,
-    check_positive,
+    check_step,
     check_tensors,
 )
 from s4mini.convolve import channel_conv
@@ -432,6 +434,8 @@ class S4Layer(nn.Module):
         methods = (None, "bilinear", "zoh") if diagonal else (None, "bilinear")
         check_choice("method", method, methods)
         check_choice("backend", backend, ("auto", *(() if diagonal else backends())))
+        check_choice("dtype", dtype, (None, *FLOATS))
+        check_device("device", device)
         self.measure, self.bidirectional, self.tied = measure, bidirectional, tied
         self.method = method or ("zoh" if diagonal else "bilinear")
         self.backend, self.dts, self.own = backend, (dt_min, dt_max), None
@@ -480,7 +484,7 @@ class S4Layer(nn.Module):
         """Return Lambda, P, B, C, complex, and dt * rate, per channel."""
         if isinstance(rate, Tensor):
             raise TypeError("rate: expected a number > 0, got a Tensor")
-        check_positive("rate", rate)
+        check_step("rate", rate)
         wide = torch.promote_types(self.D.dtype, torch.float32)
         decay = self.log_decay.to(wide).exp()
         Lambda = torch.complex(-decay, self.frequency.to(wide))

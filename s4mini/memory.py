@@ -17,7 +17,7 @@ from s4mini.checks import (
     check_generator,
     check_int,
     check_number,
-    check_positive,
+    check_step,
     check_tensors,
 )
 from s4mini.projection import MEASURES, hippo, laguerre, legendre
@@ -111,7 +111,7 @@ def init_dt(
     """
     H = check_int("H", H)
     for name, bound in {"dt_min": dt_min, "dt_max": dt_max}.items():
-        check_positive(name, check_number(name, bound))
+        check_step(name, check_number(name, bound))
     check_generator("generator", generator)
     if dt_max < dt_min:
         raise ValueError(

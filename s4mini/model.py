@@ -28,6 +28,7 @@ from s4mini.checks import (
     check_int,
     check_number,
     check_positive,
+    check_step,
     values_can_be_read,
 )
 from s4mini.layer import STARTS, S4Layer, clear_padding, layer_shapes, valid_steps
@@ -240,7 +241,7 @@ def _plain(c: S4Config) -> dict:
     for name in ("prenorm", "bidirectional", "tied", "tokens"):
         found[name] = check_bool(name, getattr(c, name))
     for name in ("dt_min", "dt_max"):
-        check_positive(name, check_number(name, getattr(c, name)))
+        check_step(name, check_number(name, getattr(c, name)))
         found[name] = float(getattr(c, name))
     if c.dt_max < c.dt_min:
         raise ValueError(

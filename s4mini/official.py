@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from s4mini.checks import check_int, check_number
 from s4mini.layer import S4Layer
 from s4mini.lowrank import real_form
 
@@ -119,11 +120,17 @@ def official_options(config: Mapping[str, Any] | None) -> dict[str, Any]:
         The options that matter, completed.
 
     Raises:
+        TypeError: config is not a mapping.
         ValueError: an option has no counterpart, or an unknown value.
 
     Source: official code, models/s4/s4.py; book/official.md.
     """
+    if not isinstance(config, Mapping | None):
+        kind = type(config).__name__
+        raise TypeError(f"config: expected options by name, or None, got {kind}")
     options = DEFAULTS | dict(config or {})
+    if options["bandlimit"] is not None:
+        check_number("bandlimit", options["bandlimit"])
     for name, only in ONLY.items():
         if options.get(name, only) != only:
             raise ValueError(
@@ -145,6 +152,15 @@ def official_options(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
+def _cpu_tensor(key: str, state: Mapping[str, Tensor]) -> Tensor:
+    """Return a tensor of a state dict, on the CPU."""
+    value = state[key]
+    if not isinstance(value, Tensor) or value.is_meta:
+        kind = "device meta" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"state: expected a tensor with values {key}, got {kind}")
+    return value.detach().cpu()
+
+
 def official_tensors(state: Mapping[str, Tensor], diagonal: bool) -> dict[str, Tensor]:
     """Pick the tensors of an official layer, in double precision.
 
@@ -156,10 +172,14 @@ def official_tensors(state: Mapping[str, Tensor], diagonal: bool) -> dict[str, T
         Their values by name, without prefixes.
 
     Raises:
+        TypeError: state is not a mapping, or a value not a tensor with values.
         ValueError: a tensor is missing, or has a shape that does not fit.
 
     Source: official code, models/s4/s4.py; book/official.md.
     """
+    if not isinstance(state, Mapping):
+        kind = type(state).__name__
+        raise TypeError(f"state: expected a state dict of tensors, got {kind}")
     prefix = "layer." if "layer.D" in state else ""
     wanted = ["inv_dt", "A_real", "A_imag", "B", "C"]
     keys = {"D": "D"} | {name: f"kernel.{name}" for name in wanted}
@@ -171,7 +191,11 @@ def official_tensors(state: Mapping[str, Tensor], diagonal: bool) -> dict[str, T
             f"state: expected the tensors of an official S4 layer, without "
             f"{', '.join(absent)}; got {', '.join(sorted(state)[:12]) or 'none'}"
         )
-    found = {name: state[prefix + key].detach().cpu() for name, key in keys.items()}
+    found = {name: _cpu_tensor(prefix + key, state) for name, key in keys.items()}
+    for name in ("D", "A_real"):
+        if found[name].ndim != 2:
+            shape = tuple(found[name].shape)
+            raise ValueError(f"state: expected {keys[name]} of two axes, got {shape}")
     (H,), (S, n) = found["D"].shape[1:], found["A_real"].shape
     shapes = {
         "inv_dt": ((H, 1), (H, n)),
@@ -209,6 +233,7 @@ def from_official(
         layer's l_max.
 
     Raises:
+        TypeError: state is no state dict, or config not a mapping.
         ValueError: a tensor is missing or of a wrong shape, or an option has
             no counterpart here.
 
@@ -308,13 +333,16 @@ def to_official(layer: S4Layer, l_max: int | None = None) -> dict[str, Tensor]:
         The tensors, for an FFTConv made with n_ssm = H and default transforms.
 
     Raises:
+        TypeError: layer is not an S4Layer, or l_max not an integer.
         ValueError: a frequency is above zero where the official code stores
             none, or l_max < 1.
 
     Source: official code, models/s4/s4.py; book/official.md.
     """
-    if l_max is not None and l_max < 1:
-        raise ValueError(f"l_max: expected None or an integer >= 1, got {l_max}")
+    if not isinstance(layer, S4Layer):
+        raise TypeError(f"layer: expected an S4Layer, got {type(layer).__name__}")
+    if l_max is not None:
+        check_int("l_max", l_max)
     with torch.no_grad():
         Lambda, P, B, C, dt = layer.system()
     # The kept half is free: where a frequency is positive, keep its conjugate.

@@ -11,7 +11,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from s4mini.checks import check_bool, check_choice, check_int, check_number
+from s4mini.checks import check_bool, check_choice, check_int, check_number, check_step
 from s4mini.data import SequenceData, load, options_of
 from s4mini.layer import STARTS
 from s4mini.model import LARGEST, S4Config, S4Model
@@ -140,6 +140,8 @@ def _check_size(name: str, value: int) -> None:
 def _check_real(name: str, value: float) -> None:
     """Refuse what is no finite number within its range."""
     number = check_number(name, value)
+    if name in ("dt_min", "dt_max"):
+        check_step(name, number)
     low = "> 0" if name in _ABOVE_ZERO else ">= 0"
     share = name in _SHARES
     if number < 0 or (number == 0 and low == "> 0") or (share and number >= 1):

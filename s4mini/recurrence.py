@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s4mini.checks import check_positive, check_tensors
+from s4mini.checks import check_step, check_tensors
 from s4mini.kernel import dplr_kernel
 
 __all__ = [
@@ -92,7 +92,7 @@ def _check_system(Lambda, P, B, C, dt, **batches) -> Tensor:
         B=(B, "... n"),
         C=(C, "... n"),
     )
-    check_positive("dt", dt)
+    check_step("dt", dt)
     dt = torch.as_tensor(dt, dtype=Lambda.real.dtype, device=Lambda.device)
     shapes = {"Lambda": Lambda.shape[:-1], "P": P.shape[:-2]}
     shapes |= {"B": B.shape[:-1], "C": C.shape[:-1], "dt": dt.shape}

@@ -14,15 +14,17 @@ import pytest
 import torch
 
 from s4mini import baselines, cli, memory, selective
-from s4mini.cauchy_sum import keops_available
+from s4mini.cauchy_sum import keops_available, nodes
 from s4mini.convolve import causal_conv, krylov_kernel, scan
-from s4mini.data import from_tensors, load
+from s4mini.data import download, from_tensors, load
 from s4mini.diagonal import s4d_kernel
 from s4mini.discretization import discretize
+from s4mini.generating import roots
 from s4mini.kernel import dplr_kernel
 from s4mini.layer import S4Layer
 from s4mini.lowrank import half_spectrum, nplr
 from s4mini.model import S4Config, S4Model
+from s4mini.official import from_official, to_official
 from s4mini.projection import hippo
 from s4mini.recipes import Recipe
 from s4mini.saving import WEIGHTS
@@ -71,6 +73,9 @@ def test_numbers_out_of_range_at_the_command_line_and_in_python(field, value, ca
     assert "Traceback" not in seen.err
 
 
+HALF = (*half_spectrum(nplr("legs", 8))[:3], torch.ones(4, dtype=torch.complex128))
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [
@@ -88,6 +93,13 @@ def test_numbers_out_of_range_at_the_command_line_and_in_python(field, value, ca
         ("dt_max", lambda: S4Config(dt_min=0.5, dt_max=0.1)),
         ("dt_max", lambda: S4Layer(4, 8, dt_min=0.5, dt_max=0.1)),
         ("dt_min", lambda: S4Layer(4, 8, dt_min=10**400)),
+        ("dt_max", lambda: S4Layer(4, 8, dt_max=1e308)),
+        ("dt_min", lambda: S4Config(dt_min=1e-300)),
+        ("dt_max", lambda: Recipe("digits", dt_max=1e308)),
+        ("rate", lambda: S4Layer(4, 8)(torch.ones(1, 3, 4), rate=1e308)),
+        ("dt", lambda: discretize(*hippo("legs", 4), 1e308)),
+        ("dt", lambda: dplr_kernel(*HALF, 1e308, 9)),
+        ("dt", lambda: s4d_kernel(HALF[0], HALF[2], HALF[3], torch.tensor(1e308).double(), 9)),
     ],
 )
 def test_counts_and_sizes_out_of_range(name, call):
@@ -171,6 +183,41 @@ def test_a_number_of_numpy_is_a_number(kind):
 def test_a_word_or_a_number_is_no_flag(flag, value):
     with pytest.raises(TypeError, match=f"^{flag}: expected True or False"):
         S4Config(**{flag: value})
+
+
+STATE = to_official(S4Layer(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        *(
+            ("dtype", lambda d=d: S4Layer(4, 8, dtype=d))
+            for d in ("float32", 3, torch.int64, float)
+        ),
+        *(("device", lambda d=d: S4Layer(4, 8, device=d)) for d in ("gpu", "", -1, 0.5)),
+        *(("dtype", lambda d=d: from_official(STATE, dtype=d)) for d in ("double", torch.int64)),
+        *(("state", lambda s=s: from_official(s)) for s in (None, 3, "x", {}, {"D": None})),
+        ("state", lambda: from_official(STATE | {"kernel.C": 3})),
+        ("state", lambda: from_official(STATE | {"D": STATE["D"][0]})),
+        ("config", lambda: from_official(STATE, 3)),
+        ("bandlimit", lambda: from_official(STATE, {"bandlimit": "x"})),
+        ("layer", lambda: to_official(None)),
+        ("l_max", lambda: to_official(S4Layer(2, 4), 2.5)),
+        ("dtype", lambda: nodes(8, "float32")),
+        ("device", lambda: nodes(8, device="gpu")),
+        ("dtype", lambda: roots(8, None)),
+        ("device", lambda: load("digits").to("gpu")),
+        ("folder", lambda: load("mnist", folder=3)),
+        ("folder", lambda: download("mnist", "")),
+        ("train", lambda: from_tensors("x", train=3, test=3)),
+        ("test", lambda: from_tensors("x", train=(U, U), test=(U,))),
+        ("validation", lambda: from_tensors("x", train=(U, U), test=(U, U), validation=())),
+    ],
+)
+def test_odd_arguments_are_named(name, call):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
+        call()
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,23 @@
 import inspect
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from s4mini.checks import (
+    STEPS,
     check_bool,
     check_choice,
+    check_device,
     check_generator,
     check_int,
     check_number,
+    check_path,
     check_positive,
+    check_step,
     check_tensors,
     checked,
 )
@@ -71,6 +76,39 @@ def test_positive_refused(error, value):
 def test_positive_accepted():
     for value in (1, 1e-300, torch.tensor(0.1), torch.rand(2, 3) + 0.1):
         check_positive("dt", value)
+
+
+@pytest.mark.parametrize("value", [1e308, 1e-300, 1e17, torch.tensor([1.0, 1e30]), 0, math.nan])
+def test_steps_that_cannot_be_computed_with(value):
+    with pytest.raises(ValueError, match=r"^dt: expected"):
+        check_step("dt", value)
+
+
+def test_steps_accepted():
+    kinds = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for value in (1, *STEPS, np.float32(0.1), *(torch.tensor(0.1, dtype=kind) for kind in kinds)):
+        check_step("dt", value)
+    check_step("dt", torch.tensor(STEPS))
+
+
+@pytest.mark.parametrize(
+    ("error", "value"), [(TypeError, 5), (TypeError, None), (TypeError, b"x"), (ValueError, "")]
+)
+def test_what_is_no_path(error, value):
+    with pytest.raises(error, match=r"^out: expected a path"):
+        check_path("out", value)
+    assert check_path("out", "a/b") == check_path("out", Path("a", "b")) == Path("a/b")
+
+
+@pytest.mark.parametrize(
+    ("error", "value"),
+    [(TypeError, 0.5), (TypeError, True), (ValueError, "gpu"), (ValueError, ""), (ValueError, -1)],
+)
+def test_what_is_no_device(error, value):
+    with pytest.raises(error, match=r"^device: expected a device"):
+        check_device("device", value)
+    for device in ("cpu", torch.device("cpu"), "meta", None):
+        check_device("device", device)
 
 
 def test_numpy_numbers_are_numbers():
