@@ -366,10 +366,10 @@ def main(argv: list[str] | None = None) -> int:
 
     Source: book/cli.md.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    program, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     with _any_terminal():
         try:
-            return _run(argv)
+            return _run(argv, program)
         except BrokenPipeError:  # of `s4mini list | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
@@ -386,8 +386,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _run(argv: list[str]) -> int:
-    """Find the command, and do what it says."""
+def _run(argv: list[str], program: bool) -> int:
+    """Find the command, and do what it says; program: the process is its own."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE)
         return 0 if argv else 2
@@ -400,6 +400,10 @@ def _run(argv: list[str]) -> int:
         check_choice("command", argv[0], tuple(_COMMANDS))
         run, module = _COMMANDS[argv[0]]
         import_module(f"s4mini.{module}")
+        if program and argv[0] == "fit":
+            from s4mini.bench import keep_memory
+
+            keep_memory()
     run(argv[1:])
     sys.stdout.flush()
     return 0
