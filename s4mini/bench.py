@@ -237,20 +237,28 @@ def _gradients(
     run: Callable[[], Tensor], inputs: Sequence[Tensor], generator: Generator
 ) -> Callable[[], object]:
     """Return a function that runs forward and backward."""
-    w = torch.randn(run().shape, generator=generator).to(inputs[0].device)
-    return lambda: torch.autograd.grad(run(), inputs, w)
+    w: list[Tensor] = []  # drawn at the first call, which measures memory
+
+    def both() -> object:
+        y = run()
+        w[:] = w or [torch.randn(y.shape, generator=generator).to(y)]
+        return torch.autograd.grad(y, inputs, w)
+
+    return both
 
 
 def _training(
     module: nn.Module, u: Tensor, generator: Generator
 ) -> Callable[[], object]:
     """Return a function that trains a module for one step."""
-    w = torch.randn(module(u).shape, generator=generator).to(u)
+    w: list[Tensor] = []
     optimizer = torch.optim.AdamW(parameter_groups(module), lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()
-        (module(u) * w).sum().backward()
+        y = module(u)
+        w[:] = w or [torch.randn(y.shape, generator=generator).to(y)]
+        torch.autograd.backward([y], w)
         optimizer.step()
 
     return step
