@@ -191,11 +191,6 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Source: Dao et al. 2022; book/baselines.md.
     """
     _check_heads(q, k, v)
-    return _fused_attention(q, k, v)
-
-
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Do the work of fused_attention; nothing is examined."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -381,11 +376,9 @@ class TransformerLayer(nn.Module):
         """Return the function of q, k and v."""
         if self.kind == "performer":
             return functools.partial(_performer_attention, W=self.W)
-        return {
-            "softmax": _attention,
-            "fused": _fused_attention,
-            "linear": _linear_attention,
-        }[self.kind]
+        if self.kind == "fused":
+            return functools.partial(F.scaled_dot_product_attention, is_causal=True)
+        return _attention if self.kind == "softmax" else _linear_attention
 
 
 class Stack(nn.Sequential):

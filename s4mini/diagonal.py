@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s4mini.checks import check_choice, check_int, check_step, check_tensors
+from s4mini.generating import check_batch
 from s4mini.lowrank import half_spectrum, nplr
-from s4mini.recurrence import check_broadcast, check_lengths
+from s4mini.recurrence import check_lengths
 
 __all__ = [
     "Sampled",
@@ -176,7 +177,7 @@ def _examined(
         kind = torch.promote_types(kind, value.dtype)
     dt = torch.as_tensor(dt, dtype=kind.to_real(), device=Lambda.device)
     shapes = {k: v.shape[:-1] for k, v in tensors.items()}
-    check_broadcast(shapes | {"dt": dt.shape} | batches)
+    check_batch(**(shapes | {"dt": dt.shape} | batches))
     return [dt, *(value.to(kind) for value in tensors.values())]
 
 

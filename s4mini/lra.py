@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -173,22 +174,16 @@ def draw_listops(
 _SPLITS = ("train", "validation", "test")
 
 
-def _part(draw: Callable, keys: list[tuple[int, int, int]]) -> list:
-    """Make the examples that have these seeds, splits and numbers."""
-    return [draw(*key) for key in keys]
-
-
 def _make(draw: Callable, seed: int, counts: Sequence[int], workers: int) -> list[list]:
     """Make all splits; how many processes do it makes no difference."""
     keys = [(seed, s, k) for s, n in enumerate(counts) for k in range(n)]
-    parts = [keys[i : i + 250] for i in range(0, len(keys), 250)]
     if workers == 1:
-        done = [_part(draw, part) for part in parts]
+        examples = iter([draw(*key) for key in keys])
     else:
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            done = list(pool.map(partial(_part, draw), parts))
-    examples = iter([example for part in done for example in part])
-    return [[next(examples) for _ in range(n)] for n in counts]
+            made = pool.map(draw, *zip(*keys, strict=True), chunksize=250)
+            examples = iter(list(made))
+    return [list(islice(examples, n)) for n in counts]
 
 
 def _kept(key: str, make: Callable[[], dict]) -> dict[str, np.ndarray]:

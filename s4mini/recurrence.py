@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s4mini.checks import check_step, check_tensors
+from s4mini.generating import check_batch
 from s4mini.kernel import dplr_kernel
 
 __all__ = [
     "apply",
     "increments",
-    "check_broadcast",
     "dplr_step",
     "to_real",
     "to_row",
@@ -96,28 +96,8 @@ def _check_system(Lambda, P, B, C, dt, **batches) -> Tensor:
     dt = torch.as_tensor(dt, dtype=Lambda.real.dtype, device=Lambda.device)
     shapes = {"Lambda": Lambda.shape[:-1], "P": P.shape[:-2]}
     shapes |= {"B": B.shape[:-1], "C": C.shape[:-1], "dt": dt.shape}
-    check_broadcast(shapes | batches)
+    check_batch(**(shapes | batches))
     return dt
-
-
-def check_broadcast(shapes: dict[str, torch.Size]) -> None:
-    """Refuse batch axes that cannot be broadcast.
-
-    Args:
-        shapes: of the batch axes of each argument, by its name.
-
-    Raises:
-        ValueError: they do not broadcast with one another.
-
-    Source: book/recurrence.md.
-    """
-    try:
-        torch.broadcast_shapes(*shapes.values())
-    except RuntimeError:
-        listed = ", ".join(f"{k} {tuple(s)}" for k, s in shapes.items())
-        raise ValueError(
-            f"batch axes: expected shapes that broadcast, got {listed}"
-        ) from None
 
 
 def dplr_step(

@@ -328,7 +328,7 @@ BAD = [
     (ValueError, "dt", {"dt": torch.tensor([0.1, -0.1])}),
     (TypeError, "dt", {"dt": "1"}),
     (ValueError, "method", {"method": "euler"}),
-    (ValueError, "batch axes", {"dt": torch.ones(3), "Lambda": LAMBDA.expand(2, 4)}),
+    (ValueError, "Lambda, .*dt.*", {"dt": torch.ones(3), "Lambda": LAMBDA.expand(2, 4)}),
     (ValueError, "B", {"B": ONE[:3]}),
     (ValueError, "C", {"C": ONE[:3]}),
     (TypeError, "C", {"C": 1.0}),

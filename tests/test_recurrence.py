@@ -158,7 +158,7 @@ BAD_STEP = [
     (TypeError, "u", {"u": 1.0}),
     (ValueError, "u", {"u": U[0] * float("inf")}),
     (ValueError, "x", {"x": X[:1]}),
-    (ValueError, "batch axes", {"u": U[:2], "x": X.expand(3, -1)}),
+    (ValueError, "Lambda, P, B, C, dt, u, x", {"u": U[:2], "x": X.expand(3, -1)}),
 ]
 
 
@@ -179,7 +179,7 @@ BAD_FINAL = [
     (TypeError, "lengths", {"lengths": torch.tensor(3.0)}),
     (ValueError, "lengths", {"lengths": torch.tensor(6)}),
     (ValueError, "lengths", {"lengths": torch.tensor(0)}),
-    (ValueError, "batch axes", {"u": U.expand(2, -1), "x0": X.expand(3, -1)}),
+    (ValueError, "Lambda, P, B, C, dt, u, x0", {"u": U.expand(2, -1), "x0": X.expand(3, -1)}),
 ]
 
 

@@ -286,7 +286,6 @@ CALLS = {
     "recipes.sizes_of": lambda f, t: f(digits()),
     "recurrence.apply": lambda f, t: f(Lambda, P, C),
     "recurrence.increments": lambda f, t: f(Lambda, P, B, dt),
-    "recurrence.check_broadcast": lambda f, t: f({"a": torch.Size([1])}),
     "recurrence.dplr_step": lambda f, t: f(Lambda, P, B, C, 0.1, u[0, 0], C),
     "recurrence.to_real": lambda f, t: f(C),
     "recurrence.to_row": lambda f, t: f(C),
