@@ -424,32 +424,27 @@ def run_forecasts(name: str, seeds: int = 3, steps: int = 150) -> dict:
     summary: dict[str, dict] = {}
     for title, function in (("last value", last_value), ("last day", last_day)):
         repeat = partial(function, horizon=horizon)
-        errors = forecast_errors(repeat, sets[336], "test")
-        summary[title] = {"mse": [errors[0], 0.0], "mae": [errors[1], 0.0]}
+        mse, mae = forecast_errors(repeat, sets[336], "test")
+        summary[title] = {"mse": [mse, 0.0], "mae": [mae, 0.0]}
     for model_name in ("linear", "s4", "lstm"):
-        tried = []
-        for L, data in sets.items():
-            model, record = train_forecaster(model_name, data, 0, steps)
-            tried.append((record["validation"], L, model, record))
-            print(model_name, L, record["validation"], record["seconds"], flush=True)
-        _, chosen, model, record = min(tried, key=lambda run: run[0])
-        others = [record for _, L, _, record in tried if L != chosen]
-        runs += [record | {"chosen": False} for record in others]
-        trained = [(model, record)]
+        tried = {
+            L: train_forecaster(model_name, data, 0, steps) for L, data in sets.items()
+        }
+        chosen = min(windows, key=lambda L: tried[L][1]["validation"])
+        trained = [tried.pop(chosen)]
+        runs += [record | {"chosen": False} for _, record in tried.values()]
         for seed in range(1, seeds):
             trained.append(train_forecaster(model_name, sets[chosen], seed, steps))
-        for model, record in trained:
-            mse, mae = forecast_errors(model, sets[chosen], "test")
-            print(model_name, chosen, record["seed"], mse, mae, flush=True)
-            runs.append(record | {"chosen": True, "mse": mse, "mae": mae})
-        found = {
-            k: [r[k] for r in runs if r.get(k) and r["model"] == model_name]
-            for k in ("mse", "mae")
-        }
+        errors = [forecast_errors(model, sets[chosen], "test") for model, _ in trained]
+        runs += [
+            record | {"chosen": True, "mse": mse, "mae": mae}
+            for (_, record), (mse, mae) in zip(trained, errors, strict=True)
+        ]
         summary[model_name] = {
-            k: [float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0]
-            for k, v in found.items()
+            k: [float(np.mean(v)), float(np.std(v, ddof=1)) if seeds > 1 else 0.0]
+            for k, v in zip(("mse", "mae"), zip(*errors, strict=True), strict=True)
         } | {"window": chosen}
+        print(model_name, summary[model_name], flush=True)
     return {"data": name, "horizon": horizon, "summary": summary, "runs": runs}
 
 
