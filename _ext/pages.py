@@ -10,7 +10,8 @@
 * References are named by author and year, as the text cites them.
 * The repository's button is shown where the configuration says where that is.
 * A page tells the browser that nothing may come from elsewhere, nor be sent there, and
-  asks for no font in a way that is refused to a page opened as a file.
+  asks for no font in a way that is refused to a page opened as a file, nor for a script
+  that nobody needs.
 """
 
 import os
@@ -159,12 +160,19 @@ def forbid_elsewhere(app, pagename, templatename, context, doctree):
     context["metatags"] = tag + (context.get("metatags") or "")
 
 
-def drop_preloads(app, exception):
-    """Drop the theme's hints to load fonts early: as files they are errors in the console."""
+#: Hints to load fonts early, which are errors in a page opened as a file; and a script of
+#: 1.5 MB that draws the icons a second time: the font has them.
+UNWANTED = re.compile(
+    r'<link rel="preload" as="font"[^>]*>\s*|<script[^>]*/fontawesome/[^>]*></script>\s*'
+)
+
+
+def drop_unwanted(app, exception):
+    """Drop from the pages what the theme loads and nobody needs."""
     if exception is None and app.builder.format == "html":
         for page in Path(app.outdir).rglob("*.html"):
             text = page.read_text("utf8")
-            page.write_text(re.sub(r'<link rel="preload" as="font"[^>]*>\s*', "", text), "utf8")
+            page.write_text(UNWANTED.sub("", text), "utf8")
 
 
 def plain_citations(app, pagename, templatename, context, doctree):
@@ -239,5 +247,5 @@ def setup(app):
     app.connect("html-page-context", plain_citations)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_plotly)
-    app.connect("build-finished", drop_preloads)
+    app.connect("build-finished", drop_unwanted)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

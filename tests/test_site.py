@@ -121,8 +121,8 @@ async () => {
   // Weight: what the page and all it asks for come to, cached or not.
   const loaded = ["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind));
   const megabytes = loaded.reduce((sum, { decodedBodySize }) => sum + decodedBodySize, 0) / 1e6;
-  if (loaded.length > 60) found.push(`too many requests: ${loaded.length}`);
-  if (megabytes > 12) found.push(`too heavy: ${megabytes.toFixed(1)} MB`);
+  if (loaded.length > 45) found.push(`too many requests: ${loaded.length}`);
+  if (megabytes > 10) found.push(`too heavy: ${megabytes.toFixed(1)} MB`);
   if (loaded.some(({ name }) => name.includes("plotly")) && !all(".plotly-graph-div").length)
     found.push("plotly without a figure");
   return found;
@@ -653,7 +653,7 @@ DEFECTS = [
     ("plotly figure not drawn", '<div class="plotly-graph-div" id="empty"></div>'),
     ("plotly figure without alt", '<figure><div class="plotly-graph-div"></div></figure>'),
     ("plotly without a figure", f'<img src="0.html?plotly" alt="">{PLOTLESS}'),
-    ("too many requests", "".join(f'<img src="0.html?{k}" alt="">' for k in range(60))),
+    ("too many requests", "".join(f'<img src="0.html?{k}" alt="">' for k in range(45))),
     ("too heavy", HEAVY),
     ("plotly figure without caption", '<div role="img" aria-label="A." class="plotly-graph-div">'),
 ]

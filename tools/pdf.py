@@ -57,10 +57,6 @@ body > section { break-before: page; }
 .bd-article h1 { margin-top: 0; }
 h1, h2, h3, h4 { break-after: avoid; }
 .bd-article :is(figure, div.math, .sd-row, tr) { break-inside: avoid; }
-.bd-article :is(table, pre, div.cell, div.cell_input, div.admonition) {
-  break-inside: auto !important;
-}
-.bd-article pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .bd-article img { max-height: 105mm; }
 """
 
