@@ -78,15 +78,8 @@ def real_rows(z: Tensor) -> Tensor:
 
 def _turn(re: Tensor, im: Tensor, X: Tensor) -> Tensor:
     """Multiply columns X (..., 2n, k) by the diagonal re + i im, (..., n)."""
-    (a, b), re, im = X.chunk(2, -2), re[..., None], im[..., None]
-    return torch.cat((re * a - im * b, im * a + re * b), -2)
-
-
-def _diagonal(re: Tensor, im: Tensor) -> Tensor:
-    """Return the real matrix (..., 2n, 2n) of the diagonal re + i im."""
-    re, im = torch.diag_embed(re), torch.diag_embed(im)
-    top, bottom = torch.cat((re, -im), -1), torch.cat((im, re), -1)
-    return torch.cat((top, bottom), -2)
+    same, other = torch.cat((re, re), -1), torch.cat((im, -im), -1)
+    return same[..., None] * X + (other[..., None] * X).roll(re.shape[-1], -2)
 
 
 def krylov_tables(
@@ -111,15 +104,47 @@ def krylov_tables(
     """
     wide = torch.complex128
     d, F, G, B_bar = _increments(Lambda.to(wide), P.to(wide), B.to(wide), dt.double())
-    tables = real_columns(B_bar), real_columns(F), real_rows(G)
-    X, V, W = (t.to(dt.dtype) for t in tables)
+    T = torch.cat((real_columns(B_bar), real_columns(F)), -1).to(dt.dtype)
+    Wt, q = real_rows(G).mT.to(dt.dtype), B_bar.shape[-1]
     for _ in range(M.bit_length() - 1):
         re, im = d.real.to(dt.dtype), d.imag.to(dt.dtype)
-        X = torch.cat((X, X + _turn(re, im, X) - V @ (W @ X)), -1)
-        more = _turn(re, -im, W.mT).mT - (W @ V) @ W
-        W, V = torch.cat((W, W + more), -2), torch.cat((V + _turn(re, im, V), V), -1)
-        d = 2 * d + d * d
-    return X, _diagonal(d.real.to(dt.dtype), d.imag.to(dt.dtype)) - V @ W
+        X, V = T.split((q, Wt.shape[-1]), -1)
+        T = torch.cat((X, T + _turn(re, im, T) - V @ (Wt.mT @ T), V), -1)
+        Wt = torch.cat((Wt, Wt + _turn(re, -im, Wt)), -1)
+        d, q = 2 * d + d * d, 2 * q
+    re, im = d.real.to(dt.dtype), d.imag.to(dt.dtype)
+    X, V = T.split((q, Wt.shape[-1]), -1)
+    eye = torch.eye(T.shape[-2], dtype=dt.dtype, device=dt.device)
+    return X, _turn(re, im, eye) - V @ Wt.mT
+
+
+class _Rows(torch.autograd.Function):
+    """Map R (h, k, N) and E = A - I to R, R A, ..., R A^(count - 1)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(R: Tensor, E: Tensor, count: int) -> Tensor:
+        rows, kind = [R], torch.finfo(R.dtype)
+        for _ in range(count - 1):
+            later = torch.bmm(rows[-1], E).add_(rows[-1])
+            rows.append(torch.nn.functional.hardshrink(later, kind.tiny / kind.eps))
+        return torch.cat(rows, -2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.k = inputs[0].shape[-2]
+        ctx.save_for_backward(inputs[1], output)
+
+    @staticmethod
+    def backward(ctx, G: Tensor):
+        (E, rows), total = ctx.saved_tensors, list(G.split(ctx.k, -2))
+        for i in range(len(total) - 1, 0, -1):
+            total[i - 1] = total[i - 1] + total[i] + torch.bmm(total[i], E.mT)
+        G = torch.cat(total, -2)
+        del total  # as large as G
+        dE = torch.bmm(rows[:, : -ctx.k].mT, G[:, ctx.k :])
+        return G[:, : ctx.k], dE, None
 
 
 def grow_rows(R: Tensor, E: Tensor, count: int) -> Tensor:
@@ -128,19 +153,16 @@ def grow_rows(R: Tensor, E: Tensor, count: int) -> Tensor:
     Args:
         R: (h, k, N) rows to begin with.
         E: (h, N, N) the matrix less the identity.
-        count: how many powers, rounded up to a power of two.
+        count: how many powers; there may be some more.
 
     Returns:
-        (h, k * count, N): row i k + a is R[a] A^i.
+        (h, k * count or more, N): row i k + a is R[a] A^i.
 
     Source: book/tables.md.
     """
-    k = R.shape[-2]
-    while R.shape[-2] < k * count:
-        R = torch.cat((R, torch.bmm(R, E).add_(R)), -2)
-        if R.shape[-2] < k * count:
-            E = _Square.apply(E)
-    return R
+    while count > 32:
+        R, E, count = _Rows.apply(R, E, 2), _Square.apply(E), -(-count // 2)
+    return _Rows.apply(R, E, count)
 
 
 def _beside(v: Tensor, batch: torch.Size) -> tuple[Tensor, torch.Size]:
@@ -158,6 +180,17 @@ def _batch(Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor) -> torch
     if min(map(len, vectors)) <= inner:  # else both have more: a full batch
         vectors = [s[max(0, len(s) - inner) :] for s in vectors]
     return torch.broadcast_shapes(*shapes, *vectors)
+
+
+def _product(L: int, M: int, Lambda, P, B, C, dt) -> Tensor:
+    """Return kernels (outputs, inputs, h, L) of h systems; M columns begin X."""
+    X, E = krylov_tables(Lambda, P, B.mT, dt, M)
+    if L > M:
+        X, M = torch.cat((X, torch.bmm(E, X).add_(X)), -1), 2 * M
+        E = _Square.apply(E)
+    R = grow_rows(real_rows(C).to(dt.dtype), E, -(-L // M))
+    K = (R @ X).unflatten(-1, (M, -1)).unflatten(-3, (-1, C.shape[-2]))
+    return K.permute(2, 4, 0, 1, 3).flatten(-2)[..., :L]
 
 
 def table_kernel(
@@ -189,11 +222,7 @@ def table_kernel(
     P, dt = P.expand(*batch, n, r).reshape(-1, n, r), dt.expand(batch).reshape(-1)
 
     M = 1 << max(0, min(round(math.log2(L) / 2) - 1, int(math.log2(2 * n / r))))
-    X, E = krylov_tables(Lambda, P, B.mT, dt, M)
-    if L > M:
-        X, M = torch.cat((X, torch.bmm(E, X).add_(X)), -1), 2 * M
-        E = _Square.apply(E)
-    R = grow_rows(real_rows(C).to(dt.dtype), E, -(-L // M))
-    K = (R @ X).unflatten(-1, (M, -1)).unflatten(-3, (-1, C.shape[-2]))
-    K = K.permute(2, 4, 0, 1, 3).flatten(-2)[..., :L]  # (outputs, inputs, h, L)
+    piece = 128 if dt.is_cpu else len(dt)
+    parts = zip(*(t.split(piece) for t in (Lambda, P, B, C, dt)), strict=True)
+    K = torch.cat([_product(L, M, *part) for part in parts], 2)
     return K.reshape(*(outputs or inputs), *batch, L)

@@ -153,3 +153,15 @@ def test_compile_and_export():
 
     exported = torch.export.export(Kernel(), tuple(system)).module()
     assert torch.allclose(exported(*system), run(*system), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_hold_no_subnormal_numbers(dtype):
+    """A system that forgets fast: rows decay through all magnitudes, down to zero."""
+    E = -torch.eye(2, dtype=dtype)[None] * torch.tensor([0.999, 0.5], dtype=dtype)
+    rows = grow_rows(torch.ones(1, 1, 2, dtype=dtype), E, 600)
+    size = rows.abs()
+    assert (size[0, -1] == 0).all() if dtype == torch.float32 else (size[0, -1, 0] == 0)
+    assert not ((size > 0) & (size < torch.finfo(dtype).tiny)).any()
+    exact = 0.5 ** torch.arange(100, dtype=torch.float64)
+    assert torch.allclose(rows[0, :100, 1].double(), exact, rtol=0, atol=1e-6)
