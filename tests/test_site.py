@@ -34,6 +34,7 @@ SITE = ROOT / "_build" / "html"
 AXE = ROOT / "_build" / "axe.min.js"  # made by `make axe`
 MATHJAX = ROOT / "book" / "_static" / "mathjax"
 SIZES = {"desktop": (1280, 900), "phone": (360, 740)}
+THEMES = {"desktop": "light", "phone": "dark"}
 PAGES = sorted(
     path.relative_to(SITE).as_posix()
     for path in SITE.rglob("*.html")
@@ -194,9 +195,11 @@ def site():
 
 @pytest.fixture(scope="module")
 def windows(browser):
-    """One window of each size, with a cache that its pages share."""
+    """One window of each size and theme, with a cache that its pages share."""
     windows = {
-        name: browser.new_context(viewport={"width": width, "height": height})
+        name: browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=THEMES[name]
+        )
         for name, (width, height) in SIZES.items()
     }
     yield windows
@@ -303,10 +306,24 @@ def foreign_links(folder):
 # The book's site.
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
-def test_page(windows, site, name, size):
-    wrong = problems(windows[size], site + name)
+VISITS = [(name, size) for name in PAGES or ["book/intro.html"] for size in SIZES]
+
+
+@pytest.fixture(scope="module", params=VISITS, ids=lambda visit: "-".join(visit))
+def visit(request, windows, site):
+    """An open page, for all tests that look at it: to load it costs more than to look."""
+    name, size = request.param
+    with opened(windows[size], site + name) as (page, wrong):
+        page.wait_for_load_state("load")
+        yield page, wrong
+        wrong.clear()  # the tests have told it
+    assert not wrong, "\n".join(wrong)
+
+
+def test_page(visit):
+    page, wrong = visit
+    wrong += page.evaluate(UNFOLD)
+    wrong += page.evaluate(INSPECT)
     assert not wrong, "\n".join(wrong)
 
 
@@ -330,32 +347,23 @@ needs_axe = pytest.mark.skipif(not AXE.exists(), reason="no axe-core: run `make 
 
 
 @needs_axe
-@pytest.mark.parametrize(("size", "theme"), [("desktop", "light"), ("phone", "dark")])
-@pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
-def test_page_has_no_barriers(browser, site, name, size, theme):
-    width, height = SIZES[size]
-    viewport = {"width": width, "height": height}
-    with browser.new_context(viewport=viewport, color_scheme=theme) as window:
-        with opened(window, site + name) as (page, wrong):
-            page.wait_for_load_state("load")
-            wrong += barriers(page)
-    assert not wrong, "\n".join(wrong)
+def test_page_has_no_barriers(visit):
+    found = barriers(visit[0])
+    assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
-def test_interactive_figures_obey_keyboard_and_theme(windows, site, name):
-    with opened(windows["phone"], site + name) as (page, wrong):
-        page.wait_for_load_state("load")
-        for slider in page.locator(".interactive input[type=range]").all():
-            before = slider.get_attribute("aria-valuetext")
-            slider.focus()
-            key = "ArrowLeft" if int(slider.input_value()) else "ArrowRight"
-            page.keyboard.press(key)
-            assert slider.get_attribute("aria-valuetext") != before
-        page.evaluate("document.documentElement.dataset.theme = 'dark'")
-        for box in page.locator(".output:has(> .interactive)").all():
-            ground = box.evaluate("node => getComputedStyle(node).backgroundColor")
-            assert ground == "rgba(0, 0, 0, 0)", "light ground in the dark theme"
+def test_interactive_figures_obey_keyboard_and_theme(visit):
+    page, wrong = visit
+    for slider in page.locator(".interactive input[type=range]").all():
+        before = slider.get_attribute("aria-valuetext")
+        slider.focus()
+        key = "ArrowLeft" if int(slider.input_value()) else "ArrowRight"
+        page.keyboard.press(key)
+        assert slider.get_attribute("aria-valuetext") != before
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    for box in page.locator(".output:has(> .interactive)").all():
+        ground = box.evaluate("node => getComputedStyle(node).backgroundColor")
+        assert ground == "rgba(0, 0, 0, 0)", "light ground in the dark theme"
     assert not wrong, "\n".join(wrong)
 
 

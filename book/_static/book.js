@@ -1,5 +1,10 @@
-// After typesetting: an inline formula wider than its column scrolls in a box of its own,
-// and every box that scrolls sideways can be reached by keyboard.
+// Every box that scrolls sideways can be reached by keyboard, also one that is unfolded later.
+const reachable = (box) => {
+  if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+};
+const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => reachable(target)));
+
+// After typesetting: an inline formula wider than its column scrolls in a box of its own.
 addEventListener("load", async () => {
   await window.MathJax?.startup?.promise;
   for (const formula of document.querySelectorAll(".bd-article mjx-container:not([display])")) {
@@ -10,7 +15,8 @@ addEventListener("load", async () => {
   for (const box of document.querySelectorAll(
     ".bd-article :is(pre, table, figure, div.math, mjx-container, div.output, div.interactive)",
   )) {
-    if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+    reachable(box);
+    resized.observe(box);
   }
 });
 
