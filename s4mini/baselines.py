@@ -10,6 +10,7 @@ Tangled from book/baselines.md.
 import functools
 import math
 from collections.abc import Callable
+from inspect import unwrap
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from s4mini.checks import (
     check_int,
     check_step,
     check_tensors,
+    checked,
 )
 from s4mini.convolve import causal_conv
 from s4mini.discretization import discretize
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 
+@checked(A_bar="... N N", B_bar="... N", C="... N", L="int >= 1")
 def lssl_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, L: int) -> Tensor:
     """Return the kernels of dense sampled systems, by doubling.
 
@@ -64,14 +67,7 @@ def lssl_kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, L: int) -> Tensor:
 
     Source: Gu et al. 2021, section 4; book/baselines.md.
     """
-    L = check_int("L", L)
-    check_tensors(A_bar=(A_bar, "... N N"), B_bar=(B_bar, "... N"), C=(C, "... N"))
-    return _lssl_kernel(A_bar, B_bar, C, L)
-
-
-def _lssl_kernel(power: Tensor, B_bar: Tensor, C: Tensor, L: int) -> Tensor:
-    """Do the work of lssl_kernel; nothing is examined."""
-    X = B_bar[..., None]  # (..., N, m), with power = A_bar^m
+    power, X = A_bar, B_bar[..., None]  # (..., N, m), with power = A_bar^m
     while (m := X.shape[-1]) < L:
         X = torch.cat((X, power @ X[..., : L - m]), -1)
         if 2 * m < L:
@@ -129,14 +125,15 @@ class LSSLLayer(nn.Module):
         """Map u (B, L, H) to y (B, L, H)."""
         check_tensors(u=(u, f"real B L {len(self.D)}"))
         A_bar, B_bar = discretize(self.A, self.B, self.log_dt.exp())
-        K = _lssl_kernel(A_bar, B_bar, self.C, u.shape[1])  # (H, L)
+        K = unwrap(lssl_kernel)(A_bar, B_bar, self.C, u.shape[1])  # (H, L)
         return (causal_conv(u.mT, K) + self.D[:, None] * u.mT).mT
 
 
-def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Examine queries, keys and values of causal attention."""
-    check_tensors(q=(q, "real ... L d"), k=(k, "real ... L d"))
-    check_tensors(k=(k, "real ... L d"), v=(v, "real ... L e"))
+_HEADS = {"q": "real ... L d", "k": "real ... L d", "v": "real ... L e"}
+
+
+def _check_axes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse queries, keys and values with different batch axes."""
     if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
         raise ValueError(
             "v: expected q, k and v with the same batch axes, got "
@@ -144,6 +141,7 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+@checked(**_HEADS)
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend causally with the softmax, storing all L x L weights.
 
@@ -161,18 +159,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Source: Vaswani et al. 2017, eq. 1; book/baselines.md.
     """
-    _check_heads(q, k, v)
-    return _attention(q, k, v)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Do the work of attention; nothing is examined."""
+    _check_axes(q, k, v)
     L = q.shape[-2]
     future = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
     score = (q / math.sqrt(q.shape[-1])) @ k.mT  # (..., L, L)
     return score.masked_fill(future, -math.inf).softmax(-1) @ v
 
 
+@checked(**_HEADS)
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend causally with the softmax, by PyTorch's fused program.
 
@@ -190,7 +184,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Source: Dao et al. 2022; book/baselines.md.
     """
-    _check_heads(q, k, v)
+    _check_axes(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -212,6 +206,7 @@ def _causal_average(f: Tensor, g: Tensor, v: Tensor, chunk: int) -> Tensor:
     return y[..., :-1] / y[..., -1:]
 
 
+@checked(**_HEADS, chunk="int >= 1")
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 128) -> Tensor:
     """Attend causally with the weights phi(q).phi(k), phi = elu + 1.
 
@@ -231,12 +226,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 128) -> Tenso
 
     Source: Katharopoulos et al. 2020, eq. 7 and 9; book/baselines.md.
     """
-    _check_heads(q, k, v)
-    return _linear_attention(q, k, v, check_int("chunk", chunk))
-
-
-def _linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 128) -> Tensor:
-    """Do the work of linear_attention; nothing is examined."""
+    _check_axes(q, k, v)
     return _causal_average(F.elu(q) + 1, F.elu(k) + 1, v, chunk)
 
 
@@ -266,6 +256,7 @@ def orthogonal_features(m: int, d: int, generator: Generator | None = None) -> T
     return lengths[:, None] * Q.mT.flatten(0, 1)[:m]
 
 
+@checked(**_HEADS, W="real m d", chunk="int >= 1")
 def performer_attention(
     q: Tensor, k: Tensor, v: Tensor, W: Tensor, chunk: int = 128
 ) -> Tensor:
@@ -288,15 +279,7 @@ def performer_attention(
 
     Source: Choromanski et al. 2021, section 2; book/baselines.md.
     """
-    _check_heads(q, k, v)
-    check_tensors(W=(W, f"real m {q.shape[-1]}"))
-    return _performer_attention(q, k, v, W, check_int("chunk", chunk))
-
-
-def _performer_attention(
-    q: Tensor, k: Tensor, v: Tensor, W: Tensor, chunk: int = 128
-) -> Tensor:
-    """Do the work of performer_attention; nothing is examined."""
+    _check_axes(q, k, v)
     q, k = (x * q.shape[-1] ** -0.25 for x in (q, k))
     f = q @ W.mT  # (..., L, m); |q|^2 / 2 cancels
     f = (f - f.amax(-1, keepdim=True).detach()).exp()
@@ -373,12 +356,16 @@ class TransformerLayer(nn.Module):
         return self.out(y.transpose(1, 2).flatten(-2))
 
     def _attention(self) -> Callable:
-        """Return the function of q, k and v."""
+        """Return the function of q, k and v, without its checks."""
         if self.kind == "performer":
-            return functools.partial(_performer_attention, W=self.W)
-        if self.kind == "fused":
-            return functools.partial(F.scaled_dot_product_attention, is_causal=True)
-        return _attention if self.kind == "softmax" else _linear_attention
+            return functools.partial(unwrap(performer_attention), W=self.W)
+        return unwrap(
+            {
+                "softmax": attention,
+                "fused": fused_attention,
+                "linear": linear_attention,
+            }[self.kind]
+        )
 
 
 class Stack(nn.Sequential):

@@ -6,11 +6,13 @@ and a memory learns what to ignore.
 Tangled from book/selective.md.
 """
 
+from inspect import unwrap
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from s4mini.checks import check_generator, check_int, check_tensors
+from s4mini.checks import check_generator, check_int, checked
 
 __all__ = ["selective_copying", "compose", "linear_scan", "SelectiveSSM"]
 
@@ -75,6 +77,7 @@ def compose(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+@checked(a="...", b="...", chunk="int >= 1")
 def linear_scan(a: Tensor, b: Tensor, chunk: int = 16) -> Tensor:
     """Run x_k = a_k x_{k-1} + b_k from rest, along axis 1, in chunks.
 
@@ -92,18 +95,11 @@ def linear_scan(a: Tensor, b: Tensor, chunk: int = 16) -> Tensor:
 
     Source: Dao and Gu 2024, section 6; book/selective.md.
     """
-    check_int("chunk", chunk)
-    check_tensors(a=(a, "..."), b=(b, "..."))
     if a.shape != b.shape or a.ndim < 2:
         raise ValueError(
             f"b: expected the shape (B, L, ...) of a, {tuple(a.shape)}, "
             f"got {tuple(b.shape)}"
         )
-    return _chunked_scan(a, b, chunk)
-
-
-def _chunked_scan(a: Tensor, b: Tensor, chunk: int) -> Tensor:
-    """Do the work of linear_scan; nothing is examined."""
     L = b.shape[1]
     rest = (0, 0) * (b.ndim - 2) + (0, -L % chunk)
     a, b = (F.pad(t, rest).unflatten(1, (-1, chunk)) for t in (a, b))
@@ -169,5 +165,5 @@ class SelectiveSSM(nn.Module):
         rate = self.log_rate.exp()  # (H, N)
         exponent = -step[..., None] * rate  # (B, L, H, N)
         written = -torch.expm1(exponent) / rate * B[:, :, None]
-        x = _chunked_scan(exponent.exp(), written * v[..., None], 16)
+        x = unwrap(linear_scan)(exponent.exp(), written * v[..., None])
         return (x * C[:, :, None]).sum(-1) + self.D * v
