@@ -17,7 +17,15 @@ from s4mini.layer import STARTS
 from s4mini.model import LARGEST, S4Config, S4Model
 from s4mini.tasks import S4Forecaster
 
-__all__ = ["Recipe", "RECIPES", "load_data", "build", "check_recipe", "sizes_of"]
+__all__ = [
+    "Recipe",
+    "RECIPES",
+    "READING",
+    "load_data",
+    "build",
+    "check_recipe",
+    "sizes_of",
+]
 
 
 @dataclass(frozen=True)
@@ -230,6 +238,16 @@ RECIPES = {
     ),
 }
 
+#: The options that say how a data set is read or made, and what is usual.
+READING = {
+    "gray": False,
+    "size": None,
+    "order": "raster",
+    "length": None,
+    "horizon": None,
+    "examples": None,
+}
+
 
 def load_data(recipe: Recipe, workers: int = 1) -> SequenceData:
     """Read or make the data set of a recipe.
@@ -247,10 +265,9 @@ def load_data(recipe: Recipe, workers: int = 1) -> SequenceData:
 
     Source: book/recipes.md.
     """
-    known, usual = options_of(recipe.data), {"gray": False, "order": "raster"}
-    names = ("gray", "size", "order", "length", "horizon", "examples")
-    options = {name: getattr(recipe, name) for name in names}
-    options = {k: v for k, v in options.items() if v != usual.get(k)}
+    known = options_of(recipe.data)
+    options = {name: getattr(recipe, name) for name in READING}
+    options = {k: v for k, v in options.items() if v != READING[k]}
     if "workers" in known:
         options["workers"] = workers
     return load(recipe.data, **options)

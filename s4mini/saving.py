@@ -8,6 +8,7 @@ Tangled from book/saving.md.
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from s4mini.checks import check_path
 
 __all__ = [
     "write_atomically",
@@ -101,7 +104,7 @@ def write_together(folder: str | Path, files: dict[str, bytes]) -> None:
 
     Source: book/saving.md.
     """
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     for name in files:
         if name != Path(name).name or not name:
             raise ValueError(f"files: expected plain names, got {name!r}")
@@ -184,7 +187,7 @@ class Savable(nn.Module):
             ModuleNotFoundError: safetensors is missing.
             ValueError: it holds another class, or is damaged.
         """
-        return _load(cls, Path(folder))
+        return _load(cls, check_path("folder", folder))
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Upload the module to the Hugging Face Hub.
@@ -260,9 +263,18 @@ def _serialised(module: Savable) -> dict[str, bytes]:
     }
     _compare(type(module), note, header)
     text = json.dumps(note, indent=2, allow_nan=False)
-    notes = {"format": "pt", "s4mini": text}
+    notes = {"format": "pt", "s4mini": text, "sha256": _digest(text, tensors)}
     weights = _optional("safetensors.torch").save(tensors, metadata=notes)
     return {WEIGHTS: weights, CONFIG: f"{text}\n".encode()}
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """Return the checksum of a note and the tensors that it is about."""
+    every = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        every.update(f"\n{name}\n".encode())
+        every.update(value.flatten().view(torch.uint8).numpy().data)
+    return every.hexdigest()
 
 
 def _code(value: Tensor) -> str:
@@ -333,7 +345,8 @@ def _load(kind: type[_S], folder: Path) -> _S:
     library, path = _optional("safetensors"), _weights_in(folder)
     try:
         with library.safe_open(path, "pt") as file:
-            note = _read_note(path, (file.metadata() or {}).get("s4mini"))
+            notes = file.metadata() or {}
+            note = _read_note(path, notes.get("s4mini"))
             if note["class"] != kind.__name__:
                 raise ValueError(
                     f"expected a saved {kind.__name__}, found {note['class']}"
@@ -348,6 +361,9 @@ def _load(kind: type[_S], folder: Path) -> _S:
             # arithmetic cannot use, and live in a file that someone may change
             tensors = {name: file.get_tensor(name).clone() for name in header}
         _check_values(tensors)
+        found = _digest(notes["s4mini"], tensors)
+        if (wanted := notes.get("sha256", found)) != found:
+            raise ValueError(f"expected contents of SHA-256 {wanted}, found {found}")
         module = kind.blank(note["arguments"])
         _fill(module, tensors, note["shared"])
     except (*_DAMAGE, library.SafetensorError) as error:
@@ -366,11 +382,21 @@ def _check_values(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name}: expected a count, got {value.item()}")
 
 
+def _check_kind(name: str, value: Tensor, own: Tensor) -> None:
+    """Refuse weights that mean something else than the configuration says."""
+    if name.endswith(".kind") and not torch.equal(value.to(own), own):
+        raise ValueError(
+            f"{name}: expected {own.tolist()} as the configuration says, "
+            f"got {value.tolist()}"
+        )
+
+
 def _fill(module: nn.Module, tensors: dict[str, Tensor], shared: dict) -> None:
     """Put tensors in the places of a module's own."""
     for name, value in tensors.items():
         home, _, leaf = name.rpartition(".")
         owner = module.get_submodule(home)
+        _check_kind(name, value, getattr(owner, leaf))
         is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
         setattr(owner, leaf, nn.Parameter(value) if is_parameter else value)
     for name, first in shared.items():
@@ -394,7 +420,7 @@ def saved_class(folder: str | Path) -> str:
 
     Source: book/saving.md.
     """
-    library, path = _optional("safetensors"), _weights_in(Path(folder))
+    library, path = _optional("safetensors"), _weights_in(check_path("folder", folder))
     try:
         with library.safe_open(path, "pt") as file:
             return _read_note(path, (file.metadata() or {}).get("s4mini"))["class"]

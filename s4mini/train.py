@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -40,10 +41,24 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from s4mini.checks import check_choice, check_int, check_positive
-from s4mini.data import SequenceData, Split, from_tensors, whole
+from s4mini.checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_path,
+    check_positive,
+)
+from s4mini.data import (
+    NAMES,
+    SOURCES,
+    SequenceData,
+    Split,
+    from_tensors,
+    options_of,
+    whole,
+)
 from s4mini.model import S4Model, parameter_groups
-from s4mini.recipes import Recipe, build, check_recipe, load_data, sizes_of
+from s4mini.recipes import READING, Recipe, build, check_recipe, load_data, sizes_of
 from s4mini.saving import saved_class, write_atomically
 from s4mini.tasks import S4Forecaster
 
@@ -683,6 +698,9 @@ def _outputs(
     size: int,
 ) -> tuple[Tensor, Tensor]:
     """Return a model's outputs and the targets, on the CPU."""
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise TypeError(f"model: expected a torch.nn.Module, got {kind}")
     pairs, training = [], model.training
     model.eval()
     with torch.no_grad():
@@ -694,6 +712,14 @@ def _outputs(
     model.train(training)
     outputs, targets = zip(*pairs, strict=True)
     return torch.cat(outputs), torch.cat(targets)
+
+
+def _numbers(data: SequenceData, split: str) -> Tensor:
+    """Return the numbers of all examples of a split."""
+    if not isinstance(data, SequenceData):
+        kind = type(data).__name__
+        raise TypeError(f"data: expected a SequenceData, got {kind}")
+    return torch.arange(data.count(split))
 
 
 def predict(
@@ -716,7 +742,7 @@ def predict(
 
     Source: book/train.md.
     """
-    index = torch.arange(data.count(split))
+    index = _numbers(data, split)
     size = check_int("batch_size", batch_size)
     outputs, _ = _outputs(model, data, split, index, size)
     return outputs.argmax(dim=1) if data.task == "classify" else outputs
@@ -746,8 +772,10 @@ def evaluate(
 
     Source: book/train.md.
     """
-    if index is None:
-        index = torch.arange(data.count(split))
+    every = _numbers(data, split)
+    index = every if index is None else index
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index: expected a tensor, got {type(index).__name__}")
     terms = _terms(*_outputs(model, data, split, index, 250))
     return dict(zip(FIGURES[data.task], terms.tolist(), strict=True))
 
@@ -854,25 +882,39 @@ def _check_whole(kept: dict, module: nn.Module) -> None:
         raise ValueError("its counts of steps differ")
 
 
-def _read_checkpoint(path: Path, recipe: Recipe, module: nn.Module) -> dict:
-    """Return a checkpoint if it can be read and belongs to the recipe."""
+@contextmanager
+def _as_one_line(path: Path) -> Iterator[None]:
+    """Say in one line whatever a damaged checkpoint makes of reading it."""
     try:
-        with zipfile.ZipFile(path) as parts:  # it has a checksum for each part
-            if part := parts.testzip():
-                raise ValueError(f"{part} is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        theirs = dict(checkpoint["recipe"])
-        _check_whole(checkpoint, module)
+        yield
     except _DAMAGE as error:
         said = str(error).split("\n")[0]
         raise ValueError(
             f"{path}: not a whole checkpoint of this program: {said}"
         ) from error
+
+
+def _check_same(what: object, recipe: Recipe, path: Path, theirs: dict) -> None:
+    """Refuse a recipe other than the one of which a file says it was followed."""
     for name, ours in asdict(recipe).items():
-        if name != "epochs" and theirs.get(name) != ours:
+        if name != "epochs" and theirs.get(name, ours) != ours:
             raise ValueError(
-                f"{path}: is of a run with {name} = {theirs.get(name)!r}, not {ours!r}"
+                f"{what}: expected {name} = {theirs[name]!r}, as in {path}, "
+                f"got {ours!r}"
             )
+
+
+def _read_checkpoint(path: Path, recipe: Recipe, module: nn.Module) -> dict:
+    """Return a checkpoint if it can be read and belongs to the recipe."""
+    with _as_one_line(path):
+        with zipfile.ZipFile(path) as parts:  # it has a checksum for each part
+            if part := parts.testzip():
+                raise ValueError(f"{part} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = dict(checkpoint["recipe"])
+    _check_same("recipe", recipe, path, theirs)
+    with _as_one_line(path):
+        _check_whole(checkpoint, module)
     return checkpoint
 
 
@@ -894,7 +936,8 @@ def as_data(data: _OwnData) -> SequenceData:
 
     Raises:
         TypeError: data is of another kind.
-        ValueError: the tensors do not fit together.
+        ValueError: a split is missing or unknown, or the tensors do not fit
+            together.
 
     Source: book/train.md.
     """
@@ -902,14 +945,19 @@ def as_data(data: _OwnData) -> SequenceData:
         return data
     if isinstance(data, pl.LightningDataModule):
         return from_tensors("own data", **_drawn(data))
-    if not isinstance(data, Mapping) or not {"train", "test"} <= set(data):
+    if not isinstance(data, Mapping):
         kind = type(data).__name__
         raise TypeError(
             f"data: expected a SequenceData, or train and test tensors by "
             f"name, got {kind}"
         )
+    if not {"train", "test"} <= set(data) <= {"train", "test", "validation"}:
+        found = ", ".join(map(repr, data)) or "none"
+        raise ValueError(
+            f"data: expected 'train', 'test' and, perhaps, 'validation', got {found}"
+        )
     parts = {
-        name: x.tensors if isinstance(x, TensorDataset) else tuple(x)
+        name: x.tensors if isinstance(x, TensorDataset) else x
         for name, x in data.items()
     }
     return from_tensors("own data", **parts)
@@ -939,12 +987,20 @@ def _in_order(split: str, loader: DataLoader) -> tuple[Tensor, ...]:
 
 def _check_data(recipe: Recipe, data: SequenceData) -> Recipe:
     """Refuse other options than the recipe's; name own data as what it is."""
-    for name in ("gray", "size", "order", "length", "horizon"):
+    known = options_of(data.name) if data.name in (*NAMES, *SOURCES) else ()
+    told: dict[str, Any] = {}
+    for name, usual in READING.items():
         ours, theirs = getattr(recipe, name), getattr(data, name, None)
-        if data.name == recipe.data and None not in (ours, theirs):
-            if ours != theirs:
-                raise ValueError(f"data: expected {name} = {ours!r}, got {theirs!r}")
-    return replace(recipe, data=data.name)
+        if data.name != recipe.data:  # the recipe's options are those of another
+            told[name] = theirs if name in known and theirs is not None else usual
+        elif name not in known and ours != usual:
+            raise ValueError(
+                f"{name}: expected {usual!r}, as {data.name} has no such option, "
+                f"got {ours!r}"
+            )
+        elif name in known and None not in (ours, theirs) and ours != theirs:
+            raise ValueError(f"data: expected {name} = {ours!r}, got {theirs!r}")
+    return replace(recipe, data=data.name, **told)
 
 
 def fit(
@@ -966,7 +1022,8 @@ def fit(
         out: folder for checkpoints, logs and the result.
         data: the data set, if it has been loaded already, or your own: any
             SequenceData, {"train": …, "test": …}, or a LightningDataModule,
-            as as_data explains. The record then says so.
+            as as_data explains. The record then says so, and the recipe's
+            options of a named data set are left out of it.
         until: stop after this epoch, as if interrupted; None: at the end.
         resume: whether to go on with the run in out; a recipe with more
             epochs extends it.
@@ -988,18 +1045,23 @@ def fit(
             finished one is not there.
         FloatingPointError: the loss is no longer a number.
         OSError: a file cannot be written; the previous one is intact.
-        TypeError: recipe is not a Recipe, or a count not an integer.
+        TypeError: recipe is not a Recipe, a count not an integer, or another
+            argument of a wrong kind.
         ValueError: progress or strategy is unknown, a count < 1 or more than
-            there is, or the run in out has another recipe or a damaged
-            checkpoint.
+            there is, an option of the recipe is none of the data's, or the run
+            in out has another recipe or a damaged checkpoint.
 
     Source: book/train.md.
     """
     check_recipe(recipe)
+    check_bool("resume", resume)
     check_choice("progress", progress, ("bar", "lines", "none"))
+    if not isinstance(logger, Logger | None):
+        kind = type(logger).__name__
+        raise TypeError(f"logger: expected one of Lightning's, or None, got {kind}")
     machines = _machines(devices, nodes, strategy)
     last = recipe.epochs if until is None else check_int("until", until)
-    out = Path(out)
+    out = check_path("out", out)
     if not resume and is_first() and (out / "recipe.json").exists():
         raise FileExistsError(
             f"{out}: holds a run already; resume it, or choose another folder"
@@ -1017,6 +1079,9 @@ def fit(
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     apart = torch.random.fork_rng(used)  # the caller's numbers go on where they were
     with only_writer(out), _signals(out) as asked, apart:
+        if resume:
+            theirs = asdict(_recipe_in(out))
+            _check_same("recipe", recipe, out / "recipe.json", theirs)
         at = out / "last.ckpt" if resume and (out / "last.ckpt").exists() else None
         if at:
             module.history = _read_checkpoint(at, recipe, module)["history"]
@@ -1116,6 +1181,31 @@ def _run(trainer: pl.Trainer, module: Learner, batches: RecipeData, at) -> None:
         raise FloatingPointError(f"{error}; {kept}") from error
 
 
+def _recipe_in(folder: Path) -> Recipe:
+    """Read the recipe of a run."""
+    path = folder / "recipe.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; not the folder of a run")
+    try:
+        return Recipe(**json.loads(path.read_text("utf8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a recipe: {error}") from error
+
+
+def _recorded_in(folder: Path) -> tuple[Path, dict] | None:
+    """Return what the record of a run says of its recipe, and where."""
+    if (path := folder / "result.json").exists():
+        try:
+            return path, dict(json.loads(path.read_text("utf8"))["recipe"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}: not the record of a run: {error}") from error
+    if (path := folder / "last.ckpt").exists():
+        with _as_one_line(path):
+            kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return path, dict(kept["recipe"])
+    return None
+
+
 def load_run(folder: str | Path) -> tuple[S4Model | S4Forecaster, Recipe]:
     """Read the model and the recipe of a run.
 
@@ -1127,17 +1217,16 @@ def load_run(folder: str | Path) -> tuple[S4Model | S4Forecaster, Recipe]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged.
+        TypeError: folder is not a path.
+        ValueError: a file is damaged, or the recipe is not the one that the
+            record of the run, result.json or last.ckpt, says was followed.
 
     Source: book/train.md.
     """
-    path = Path(folder, "recipe.json")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; not the folder of a run")
-    try:
-        recipe = Recipe(**json.loads(path.read_text("utf8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a recipe: {error}") from error
+    folder = check_path("folder", folder)
+    recipe = _recipe_in(folder)
+    if told := _recorded_in(folder):
+        _check_same(folder / "recipe.json", recipe, *told)
     forecasts = saved_class(folder) == "S4Forecaster"
     kind = S4Forecaster if forecasts else S4Model
     return kind.from_pretrained(folder), recipe

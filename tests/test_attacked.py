@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,9 @@ from s4mini.lowrank import half_spectrum, nplr
 from s4mini.model import S4Config, S4Model
 from s4mini.official import from_official, to_official
 from s4mini.projection import hippo
-from s4mini.recipes import Recipe
+from s4mini.recipes import READING, Recipe
 from s4mini.saving import WEIGHTS
-from s4mini.train import epoch_order, fit
+from s4mini.train import epoch_order, evaluate, fit, load_run
 
 TINY = ["--size=4", "--d-model=4", "--n-layers=1", "--d-state=4", "--epoch-size=20", "--epochs=1"]
 SMALL = S4Config(d_model=4, n_layers=1, d_state=4)
@@ -185,6 +186,15 @@ def test_a_word_or_a_number_is_no_flag(flag, value):
         S4Config(**{flag: value})
 
 
+OWN = (torch.randn(4, 5, 1), torch.arange(4))
+SPLITS = "train", "validation", "test"
+PLAIN = Recipe("digits", size=4, d_model=4, n_layers=1, d_state=4, epochs=1, epoch_size=20)
+
+
+def fitted(**given):
+    return fit(PLAIN, **{"out": "never", "progress": "none"} | given)
+
+
 STATE = to_official(S4Layer(2, 4))
 
 
@@ -213,6 +223,18 @@ STATE = to_official(S4Layer(2, 4))
         ("train", lambda: from_tensors("x", train=3, test=3)),
         ("test", lambda: from_tensors("x", train=(U, U), test=(U,))),
         ("validation", lambda: from_tensors("x", train=(U, U), test=(U, U), validation=())),
+        *(("out", lambda out=out: fitted(out=out)) for out in (5, "", None, b"x")),
+        *(("logger", lambda x=x: fitted(logger=x)) for x in (3, "csv", True, [])),
+        *(("data", lambda x=x: fitted(data=x)) for x in ({}, {"train": OWN}, 3, "digits")),
+        ("data", lambda: fitted(data={"train": OWN, "test": OWN, "dev": OWN})),
+        ("train", lambda: fitted(data={"train": OWN[0], "test": OWN})),
+        ("resume", lambda: fitted(resume="yes")),
+        ("folder", lambda: load_run(None)),
+        ("folder", lambda: MODEL.save_pretrained("")),
+        ("folder", lambda: S4Model.from_pretrained(3)),
+        ("model", lambda: evaluate(None, load("digits"))),
+        ("data", lambda: evaluate(MODEL, "digits")),
+        ("index", lambda: evaluate(MODEL, load("digits"), "test", [1])),
     ],
 )
 def test_odd_arguments_are_named(name, call):
@@ -302,6 +324,37 @@ def test_a_damaged_file_beside_the_weights_is_one_line(run, tmp_path, capsys, na
         assert code == 0
         return
     assert code == 1 and len(seen.err.splitlines()) == 1 and name in seen.err, seen.err
+
+
+def test_an_edited_recipe_is_not_believed(run, tmp_path, capsys):
+    for path in run.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    edited = json.loads((tmp_path / "recipe.json").read_text()) | {"size": 8}
+    (tmp_path / "recipe.json").write_text(json.dumps(edited))
+    for record in ("result.json", "last.ckpt"):
+        assert cli.main(["evaluate", str(tmp_path)]) == 1
+        told = f"{tmp_path / 'recipe.json'}: expected size = 4, as in {tmp_path / record}, got 8"
+        assert capsys.readouterr().err == f"s4mini: {told}\n"
+        (tmp_path / record).unlink()
+
+
+def test_another_recipe_does_not_go_on_with_a_run(run, capsys):
+    for option, said in (("--d-model=8", "d_model = 4"), ("--lr=0.5", "lr = 0.01")):
+        command = ["fit", "digits", *TINY, option, "--resume", f"--out={run}", "--progress=none"]
+        assert cli.main(command) == 1
+        assert (
+            f"recipe: expected {said}, as in {run / 'recipe.json'}, got" in capsys.readouterr().err
+        )
+
+
+def test_options_of_a_named_data_set_are_not_recorded_of_ones_own(tmp_path):
+    recipe = replace(PLAIN, gray=True, order="permuted", length=7, horizon=3, examples=9)
+    result = fit(recipe, tmp_path, dict.fromkeys(SPLITS, OWN), progress="none")
+    told = json.loads((tmp_path / "recipe.json").read_text())
+    assert result.recipe == Recipe(**told) == replace(Recipe(**told), **READING, data="own")
+    with pytest.raises(ValueError, match=r"^length: expected None, as digits has no such option"):
+        fit(replace(PLAIN, length=7), tmp_path / "b", load("digits", size=4), progress="none")
 
 
 def test_unreadable_weights_say_so(tmp_path):

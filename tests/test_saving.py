@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import make_model as make
 from helpers import signal
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from test_tasks import classifier, forecaster, speaker
 
@@ -438,3 +439,55 @@ def test_push_to_hub_uploads_the_folder(monkeypatch):
         "private": True,
         "exist_ok": True,
     }
+
+
+def test_a_turned_bit_is_seen(tmp_path):
+    """Every bit of the header, and one of each byte of some hundred behind it."""
+    model = S4Model(S4Config(d_model=2, n_layers=1, d_state=2, norm="batch"))
+    model.save_pretrained(tmp_path)
+    (tmp_path / CONFIG).unlink()  # the weights' file must tell by itself
+    path = tmp_path / WEIGHTS
+    whole, same = path.read_bytes(), S4Model.from_pretrained(tmp_path).state_dict()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    places = [(k, bit) for k in range(0, start, 19) for bit in range(8)]
+    places += [(k, k % 8) for k in range(start, len(whole), 7)]
+    seen = 0
+    for k, bit in places:
+        path.write_bytes(whole[:k] + bytes([whole[k] ^ 1 << bit]) + whole[k + 1 :])
+        try:
+            found = S4Model.from_pretrained(tmp_path)
+        except ValueError as error:
+            seen += str(error).startswith(str(path))
+        else:  # the name of the checksum itself, or of the format
+            assert k < start and found.config == model.config
+            assert all(torch.equal(v, same[name]) for name, v in found.state_dict().items())
+            seen += 1
+    assert seen == len(places)
+
+
+def test_a_checksum_is_named_and_may_be_missing(tmp_path):
+    S4Model(S4Config(d_model=2, n_layers=1, d_state=2)).save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"expected contents of SHA-256 \w{64}, found \w{64}$"):
+        S4Model.from_pretrained(tmp_path)
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    del notes["sha256"]
+    save_file(tensors, path, notes)
+    S4Model.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_kind_are_refused(tmp_path):
+    S4Model(S4Config(d_model=2, n_layers=1, d_state=2)).save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors["blocks.0.layer.kind"] += 1
+    del notes["sha256"]
+    save_file(tensors, path, notes)
+    with pytest.raises(ValueError, match=r"blocks\.0\.layer\.kind: expected \[0.0, 0.0\]"):
+        S4Model.from_pretrained(tmp_path)
