@@ -443,6 +443,7 @@ def hook(event, arguments):
         times -= 1
         os.kill(os.getpid(), signal.SIGINT)
 sys.addaudithook(hook)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in the background
 raise SystemExit(main(["list"]))
 """
 
