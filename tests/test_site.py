@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import tempfile
 import threading
 import urllib.request
 from contextlib import contextmanager
@@ -303,6 +305,46 @@ def foreign_links(folder):
     ]
 
 
+VOID = {"br", "hr", "img", "input", "link", "meta", "source", "wbr"}  # these have no end
+# What only this machine has: of paths the beginnings, as Python's warnings have them.
+LOCAL = {*map(str, (ROOT, Path.home(), sys.prefix, tempfile.gettempdir())), "site-packages"}
+WARNED = re.compile(r"\.py:\d+: \w*Warning|" + "|".join(f"{re.escape(p)}/" for p in LOCAL))
+
+
+class Outputs(HTMLParser):
+    """Collects the text of a page's cell outputs."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts = [], []  # for each open element, whether it is in an output
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        here = "cell_output" in (dict(attributes).get("class") or "").split()
+        if tag not in VOID:
+            self.open.append((tag, here or (bool(self.open) and self.open[-1][1])))
+
+    def handle_endtag(self, tag):
+        while any(tag == t for t, _ in self.open) and self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.open and self.open[-1][1]:
+            self.texts.append(data)
+
+
+def local_outputs(folder):
+    """Return the lines of cell outputs that warn, or name a path of this machine."""
+    pages = {path.relative_to(folder): path.read_text("utf8") for path in folder.rglob("*.html")}
+    return [
+        f"{name}: {line}"
+        for name, text in sorted(pages.items())
+        if "_static" not in name.parts and WARNED.search(text)
+        for line in "".join(Outputs(text).texts).splitlines()
+        if WARNED.search(line)
+    ]
+
+
 # The book's site.
 
 
@@ -392,6 +434,11 @@ def test_links_between_pages_lead_somewhere(site):
 def test_links_lead_to_the_web_to_a_mailbox_or_to_the_site(site):
     foreign = foreign_links(SITE)
     assert not foreign, "\n".join(foreign)
+
+
+def test_no_output_warns_or_names_a_path_of_this_machine(site):
+    found = local_outputs(SITE)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize("name", PAGES or ["book/intro.html"])
@@ -708,6 +755,19 @@ def test_foreign_links_are_caught(tmp_path):
     ]
     (tmp_path / "a.html").write_text("".join(f'<a href="{kind}">' for kind in kinds))
     assert foreign_links(tmp_path) == [f"a.html: {kind}" for kind in kinds[4:]]
+
+
+def test_local_outputs_are_caught(tmp_path):
+    lines = [
+        f"{sys.prefix}/lib/tqdm/auto.py:21: TqdmWarning: IProgress not found.",
+        "C:\\x.py:3: UserWarning: no",
+        f"in {tempfile.gettempdir()}/a.txt",
+        "epoch 1 of 2, a/b.py",
+    ]
+    shown = "<br>".join(f"<pre>{line}\n</pre>" for line in lines)
+    page = f"<p>{lines[0]}</p><div class='cell_output docutils'>{shown}</div><pre>{lines[1]}</pre>"
+    (tmp_path / "a.html").write_text(page)
+    assert local_outputs(tmp_path) == [f"a.html: {line}" for line in lines[:3]]
 
 
 @needs_axe

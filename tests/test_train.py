@@ -519,7 +519,7 @@ def test_a_run_that_ends_in_its_first_epoch_can_be_resumed(digits, whole, tmp_pa
 def test_nothing_is_overwritten_or_mixed(digits, whole, tmp_path):
     with pytest.raises(FileExistsError, match="holds a run"):
         train.fit(TINY, whole.folder, digits)
-    with pytest.raises(ValueError, match=r"lr = 0\.01, not 0\.02"):
+    with pytest.raises(ValueError, match=r"lr = 0\.01, as in .*recipe\.json, got 0\.02"):
         train.fit(replace(TINY, lr=0.02), whole.folder, digits, resume=True)
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         train.fit(TINY, tmp_path, digits, resume=True)
