@@ -138,7 +138,8 @@ def _start(
     return out.sum(0)
 
 
-@torch.library.custom_op("s4mini::cauchy_sums", mutates_args=())
+# In a notebook the name is another: a second definition of a name undoes the first.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::cauchy_sums", mutates_args=())
 def _sums(
     w: Tensor, Lambda: Tensor, x: Tensor, y: Tensor, p: int, adjoint: bool
 ) -> Tensor:
