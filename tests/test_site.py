@@ -380,7 +380,7 @@ def barriers(page):
     # are the same on every page, are most of a page's elements.
     left_out = ["mjx-container"]
     if not page.url.endswith(ALL_CODE):
-        left_out.append(".highlight pre > span")
+        left_out.append(".highlight pre")
     found = page.evaluate(
         "(exclude) => axe.run({exclude}, {resultTypes: ['violations'], preload: false})", left_out
     )["violations"]
