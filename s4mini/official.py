@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from s4mini.checks import check_int, check_number
+from s4mini.checks import check_choice, check_int, check_number
 from s4mini.layer import S4Layer
 from s4mini.lowrank import real_form
 
@@ -23,6 +23,7 @@ __all__ = [
     "TRANSFORMS",
     "DEFAULTS",
     "ONLY",
+    "NO_MATTER",
     "official_options",
     "official_tensors",
     "from_official",
@@ -105,8 +106,14 @@ ONLY: dict[str, Any] = {
     "postact": None,
     "weight_norm": False,
     "swap_channels": False,
-    "kernel": None,
 }
+#: Options that do not change the function of the trained layer.
+NO_MATTER = (
+    "d_model d_state l_max n_ssm rank init measure deterministic dt_min dt_max "
+    "dt_tie lr wd verbose backend transposed dropout tie_dropout drop_kernel "
+    "initializer activation final_act kernel real_random real_scale imag_random "
+    "imag_scale B_random B_init B_scale P_scale normalize"
+).split()
 
 
 def official_options(config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -121,21 +128,25 @@ def official_options(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
     Raises:
         TypeError: config is not a mapping.
-        ValueError: an option has no counterpart, or an unknown value.
+        ValueError: an option has no counterpart, or an unknown name or value.
 
     Source: official code, models/s4/s4.py; book/official.md.
     """
     if not isinstance(config, Mapping | None):
         kind = type(config).__name__
         raise TypeError(f"config: expected options by name, or None, got {kind}")
+    for name in config or {}:
+        check_choice("config", name, sorted({*DEFAULTS, *ONLY, *NO_MATTER}))
     options = DEFAULTS | dict(config or {})
+    options["mode"] = options["mode"] or options.get("kernel")  # its newer name
     if options["bandlimit"] is not None:
         check_number("bandlimit", options["bandlimit"])
     for name, only in ONLY.items():
-        if options.get(name, only) != only:
+        found = options.get(name, only)
+        if type(found) is not type(only) or found != only:
             raise ValueError(
                 f"{name}: expected {only!r}, the only value that can be "
-                f"represented here, got {options[name]!r}"
+                f"represented here, got {found!r}"
             )
     choices = {
         "mode": ("dplr", "nplr", "s4", "s4d", "diag"),
@@ -146,9 +157,7 @@ def official_options(config: Mapping[str, Any] | None) -> dict[str, Any]:
         "bidirectional": (False, True),
     }
     for name, allowed in choices.items():
-        if options[name] not in allowed:
-            listed = ", ".join(map(repr, allowed))
-            raise ValueError(f"{name}: expected one of {listed}; got {options[name]!r}")
+        check_choice(name, options[name], allowed)
     return options
 
 
@@ -158,7 +167,30 @@ def _cpu_tensor(key: str, state: Mapping[str, Tensor]) -> Tensor:
     if not isinstance(value, Tensor) or value.is_meta:
         kind = "device meta" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"state: expected a tensor with values {key}, got {kind}")
+    if value.is_floating_point() == (whole := key.endswith("l_kernel")):
+        kind = "an integer" if whole else "floating-point numbers"
+        raise TypeError(f"state: expected {kind} in {key}, got {value.dtype}")
+    if not value.isfinite().all():
+        raise ValueError(f"state: expected finite entries in {key}, got NaN or inf")
     return value.detach().cpu()
+
+
+def _refuse_keys(state: Mapping[str, Tensor], absent: list[str]) -> None:
+    """Say what a state dict lacks, and where it might be."""
+    message = (
+        "state: expected the tensors of an S4 layer of the official code's "
+        f"version 4, got none named {', '.join(absent)}"
+    )
+    found = [k for k in map(str, state) if k.endswith("kernel.inv_dt")]
+    inside = [k.removesuffix("kernel.inv_dt") for k in found]
+    if inside and not {"", "layer."} & {*inside}:
+        listed = ", ".join(map(repr, inside[:4]))
+        message += f"; give the part under one of the prefixes {listed}, without it"
+    elif {key.rpartition(".")[2] for key in absent} == {"P", "l_kernel"}:
+        message += "; a diagonal layer's mode is 's4d'"
+    else:
+        message += f" among {', '.join(sorted(map(str, state))[:12]) or 'none'}"
+    raise ValueError(message)
 
 
 def official_tensors(state: Mapping[str, Tensor], diagonal: bool) -> dict[str, Tensor]:
@@ -173,7 +205,8 @@ def official_tensors(state: Mapping[str, Tensor], diagonal: bool) -> dict[str, T
 
     Raises:
         TypeError: state is not a mapping, or a value not a tensor with values.
-        ValueError: a tensor is missing, or has a shape that does not fit.
+        ValueError: a tensor is missing, has a shape that does not fit or an
+            entry that is not finite; or a diagonal layer has a low-rank term.
 
     Source: official code, models/s4/s4.py; book/official.md.
     """
@@ -182,37 +215,59 @@ def official_tensors(state: Mapping[str, Tensor], diagonal: bool) -> dict[str, T
         raise TypeError(f"state: expected a state dict of tensors, got {kind}")
     prefix = "layer." if "layer.D" in state else ""
     wanted = ["inv_dt", "A_real", "A_imag", "B", "C"]
+    wanted += [] if diagonal else ["P", "l_kernel"]
     keys = {"D": "D"} | {name: f"kernel.{name}" for name in wanted}
-    if not diagonal:
-        keys |= {"P": "kernel.P", "l_kernel": "kernel.l_kernel"}
     absent = [prefix + key for key in keys.values() if prefix + key not in state]
     if absent:
+        _refuse_keys(state, absent)
+    if diagonal and prefix + "kernel.P" in state:
         raise ValueError(
-            f"state: expected the tensors of an official S4 layer, without "
-            f"{', '.join(absent)}; got {', '.join(sorted(state)[:12]) or 'none'}"
+            "mode: expected 'dplr' for a layer with kernel.P, got a diagonal one"
         )
     found = {name: _cpu_tensor(prefix + key, state) for name, key in keys.items()}
+    _check_shapes(found, keys)
+    return {k: v if k == "l_kernel" else v.double() for k, v in found.items()}
+
+
+def _check_shapes(found: dict[str, Tensor], keys: dict[str, str]) -> None:
+    """Compare the shapes of an official layer's tensors with one another."""
     for name in ("D", "A_real"):
         if found[name].ndim != 2:
             shape = tuple(found[name].shape)
             raise ValueError(f"state: expected {keys[name]} of two axes, got {shape}")
     (H,), (S, n) = found["D"].shape[1:], found["A_real"].shape
+    rank = len(found["P"]) if "P" in found and found["P"].ndim else 0
     shapes = {
         "inv_dt": ((H, 1), (H, n)),
         "A_imag": ((S, n),),
         "B": ((1, S, n, 2),),
         "C": ((1, H, n, 2), (2, H, n, 2)),
         "D": ((1, H),),
+        "P": ((rank, S, n, 2),),
+        "l_kernel": ((),),
     }
-    for name, allowed in shapes.items():
-        if tuple(found[name].shape) not in allowed:
+    for name, value in found.items():
+        allowed = shapes.get(name, (value.shape,))
+        if tuple(value.shape) not in allowed:
             raise ValueError(
                 f"state: expected {keys[name]} of shape "
-                f"{' or '.join(map(str, allowed))}, got {tuple(found[name].shape)}"
+                f"{' or '.join(map(str, allowed))}, got {tuple(value.shape)}"
             )
     if H % S:
         raise ValueError(f"state: expected systems that divide {H} channels, got {S}")
-    return {k: v if k == "l_kernel" else v.double() for k, v in found.items()}
+    if "l_kernel" in found and (L := found["l_kernel"].item()) not in range(2**31):
+        raise ValueError(f"state: expected a length in kernel.l_kernel, got {L}")
+
+
+def _positive(option: str, options: dict, found: dict, name: str) -> Tensor:
+    """Return a parameter as its transform makes it, all entries above zero."""
+    value = TRANSFORMS[options[option]](found[name])
+    if not (value > 0).all():
+        raise ValueError(
+            f"{option}: expected one that makes kernel.{name} positive, "
+            f"got {options[option]!r}"
+        )
+    return value
 
 
 def from_official(
@@ -229,13 +284,14 @@ def from_official(
         dtype: of the layer's parameters; double precision keeps all digits.
 
     Returns:
-        A layer with the same outputs, for sequences up to the official
-        layer's l_max.
+        A layer with the outputs that the official one has before its
+        activation, for sequences (B, L, H) up to its l_max.
 
     Raises:
         TypeError: state is no state dict, or config not a mapping.
         ValueError: a tensor is missing or of a wrong shape, or an option has
-            no counterpart here.
+            no counterpart here, or a transform gives a number that is not
+            positive where one has to be.
 
     Source: official code, models/s4/s4.py; book/official.md.
     """
@@ -249,11 +305,10 @@ def from_official(
             f"{found['C'].shape[0]} output vectors a channel"
         )
     complex_ = {k: torch.view_as_complex(found[k]) for k in ("B", "C")}
-    steps = TRANSFORMS[options["dt_transform"]](found["inv_dt"])  # (H, 1) or (H, n)
-    Lambda = -torch.complex(
-        TRANSFORMS[options["real_transform"]](found["A_real"]),
-        TRANSFORMS[options["imag_transform"]](found["A_imag"]),
-    ).repeat(H // S, 1)  # channel h uses system h mod S
+    steps = _positive("dt_transform", options, found, "inv_dt")  # (H, 1) or (H, n)
+    decay = _positive("real_transform", options, found, "A_real")
+    turn = TRANSFORMS[options["imag_transform"]](found["A_imag"])
+    Lambda = -torch.complex(decay, turn).repeat(H // S, 1)  # h uses system h mod S
     dt, ratio = steps[:, 0], steps / steps[:, :1]
     root = ratio.sqrt()
     B = complex_["B"][0].repeat(H // S, 1) * root
@@ -330,12 +385,13 @@ def to_official(layer: S4Layer, l_max: int | None = None) -> dict[str, Tensor]:
         l_max: the length of the official kernel; C is stored for None.
 
     Returns:
-        The tensors, for an FFTConv made with n_ssm = H and default transforms.
+        The tensors, for an FFTConv of the same sizes and direction, made with
+        default transforms, n_ssm=None, and mode="s4d", disc=layer.method if
+        the layer is diagonal. A second direction is a second row of C.
 
     Raises:
         TypeError: layer is not an S4Layer, or l_max not an integer.
-        ValueError: a frequency is above zero where the official code stores
-            none, or l_max < 1.
+        ValueError: l_max < 1.
 
     Source: official code, models/s4/s4.py; book/official.md.
     """
@@ -391,21 +447,36 @@ class OfficialBlock(nn.Module):
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
+        self.layer = from_official(state, config, dtype=dtype)
         options = dict(config or {})
         for name, only in (("activation", "gelu"), ("final_act", "glu")):
             if options.get(name, only) != only:
                 raise ValueError(f"{name}: expected {only!r}, got {options[name]!r}")
-        self.layer = from_official(state, config, dtype=dtype)
         H = self.layer.d_model
         self.output_linear = nn.Linear(H, 2 * H, dtype=dtype)
         for name in ("weight", "bias"):
             key, own = f"output_linear.0.{name}", getattr(self.output_linear, name)
-            if key not in state or state[key].shape != own.shape:
-                got = tuple(state[key].shape) if key in state else "none"
-                raise ValueError(f"state: expected {key} {tuple(own.shape)}, got {got}")
-            own.data.copy_(state[key])
+            got = _cpu_tensor(key, state) if key in state else torch.empty(0)
+            if got.shape != own.shape:
+                found = tuple(got.shape) if key in state else "none"
+                expected = f"{key} of shape {tuple(own.shape)}"
+                raise ValueError(f"state: expected {expected}, got {found}")
+            own.data.copy_(got)
+
+    def after(self, y: Tensor) -> Tensor:
+        """Return what follows the layer: activation, linear map and gate."""
+        return F.glu(self.output_linear(F.gelu(y)), -1)
 
     def forward(self, u: Tensor) -> Tensor:
         """Return the outputs (B, L, H) of an input (B, L, H)."""
-        y = F.gelu(self.layer(u, return_state=False))
-        return F.glu(self.output_linear(y), -1)
+        return self.after(self.layer(u, return_state=False))
+
+    def chunk(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the outputs of the next steps, and the state after them."""
+        y, state = self.layer(u, state)
+        return self.after(y), state
+
+    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one step: u (B, H) and a state to y (B, H) and a state."""
+        y, state = self.layer.step(u, state)
+        return self.after(y), state
