@@ -232,7 +232,8 @@ class Stepper(nn.Module):
         step = RealIncrements(self.same, self.other, self.F, self.G, self.B_bar)
         v = u.to(self.D.dtype)
         state = advance(step, v, state)
-        return ((self.C * state).sum(-1) + self.D * v).to(u.dtype), state
+        y = torch.addcmul(torch.linalg.vecdot(self.C, state), self.D, v)
+        return y.to(u.dtype), state
 
 
 def _check_like(name: str, value: Tensor, D: Tensor, *allowed: torch.dtype) -> None:

@@ -243,12 +243,15 @@ def advance(step: RealIncrements, u: Tensor, s: Tensor) -> Tensor:
 
     Source: book/recurrence.md.
     """
-    d = step.B_bar * u[..., None]
+    n = s.shape[-1] // 2
+    d = torch.addcmul(step.B_bar * u[..., None], step.same, s)
+    # From here on in place: new memory costs more than the arithmetic.
+    d[..., :n].addcmul_(step.other[..., :n], s[..., n:])
+    d[..., n:].addcmul_(step.other[..., n:], s[..., :n])
     if step.F is not None and step.G is not None:
         for F, G in zip(step.F.unbind(-2), step.G.unbind(-2), strict=True):
-            d = torch.addcmul(d, F, (G * s).sum(-1, keepdim=True), value=-1)
-    d = torch.addcmul(d, step.same, s)
-    return s + torch.addcmul(d, step.other, s.roll(s.shape[-1] // 2, -1))
+            d.addcmul_(F, torch.linalg.vecdot(G, s)[..., None], value=-1)
+    return d.add_(s)
 
 
 def state_as_input(Lambda: Tensor, P: Tensor, dt: float | Tensor, x: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ from s4mini.data import (
     options_of,
     whole,
 )
+from s4mini.layer import kernels_kept
 from s4mini.model import S4Model, parameter_groups
 from s4mini.recipes import READING, Recipe, build, check_recipe, load_data, sizes_of
 from s4mini.saving import saved_class, write_atomically
@@ -703,7 +704,7 @@ def _outputs(
         raise TypeError(f"model: expected a torch.nn.Module, got {kind}")
     pairs, training = [], model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), kernels_kept():
         for part in index.split(size):
             u, target, lengths = data.batch(split, part)
             output = model(u, lengths)
