@@ -4,14 +4,30 @@ const reachable = (box) => {
 };
 const resized = new ResizeObserver((entries) => entries.forEach(({ target }) => reachable(target)));
 
+// A formula and the comma behind it, or the bracket before it, stay on one line.
+const holdTogether = (formula) => {
+  const box = formula.closest("span.math"), before = box?.previousSibling, after = box?.nextSibling;
+  const opens = /[([“]+$/.exec(before?.nodeType === 3 ? before.data : "")?.[0];
+  const ends = /^[,.;:!?)\]”’]+/.exec(after?.nodeType === 3 ? after.data : "")?.[0];
+  if (!opens && !ends) return;
+  const held = Object.assign(document.createElement("span"), { className: "held" });
+  if (opens) before.data = before.data.slice(0, -opens.length);
+  if (ends) after.data = after.data.slice(ends.length);
+  box.replaceWith(held);
+  held.append(opens ?? "", box, ends ?? "");
+};
+
 // After typesetting: an inline formula wider than its column scrolls in a box of its own.
 addEventListener("load", async () => {
   await window.MathJax?.startup?.promise;
-  for (const formula of document.querySelectorAll(".bd-article mjx-container:not([display])")) {
-    if (formula.offsetWidth > formula.closest("p, li, td, th, div").clientWidth) {
-      formula.classList.add("wide");
-    }
-  }
+  const inline = [...document.querySelectorAll(".bd-article mjx-container:not([display])")];
+  const room = (formula) =>
+    formula.closest("p, li, td, th, div").clientWidth - formula.offsetWidth;
+  const rooms = inline.map(room); // all are read before one is changed: one layout, not hundreds
+  inline.forEach((formula, number) => {
+    if (rooms[number] < 0) formula.classList.add("wide");
+    else if (rooms[number] > 20) holdTogether(formula);
+  });
   for (const box of document.querySelectorAll(
     ".bd-article :is(pre, table, figure, div.math, mjx-container, div.output, div.interactive)",
   )) {
