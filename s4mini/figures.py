@@ -132,10 +132,14 @@ def show(figure: go.Figure, alt: str, height: int = 420) -> HTML | go.Figure:
     if not os.environ.get("S4MINI_BOOK_BUILD"):
         return figure
     controls = take_controls(figure)
-    clear = "rgba(0,0,0,0)"
+    clear, faint = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"  # in both themes
     figure.update_layout(paper_bgcolor=clear, plot_bgcolor=clear, dragmode=False)
-    figure.update_xaxes(fixedrange=True, ticks="outside")
-    figure.update_yaxes(fixedrange=True, ticks="outside")
+    figure.update_xaxes(
+        fixedrange=True, ticks="outside", gridcolor=faint, zerolinecolor=faint
+    )
+    figure.update_yaxes(
+        fixedrange=True, ticks="outside", gridcolor=faint, zerolinecolor=faint
+    )
     drawing = figure.to_html(
         full_html=False,
         include_plotlyjs="../_static/plotly.min.js",
