@@ -502,7 +502,7 @@ def _first_call(case, name, reason, device, memory, seed) -> dict:
     """Return memory_bytes of a contestant, or the reason why there is none."""
     needed = predicted_bytes(case, name) / 2**30
     if not reason and needed > memory:
-        reason = f"would need about {needed:.1f} GiB"
+        reason = f"would need about {needed:.2g} GiB"
     if reason:
         return {"reason": reason}
     try:
