@@ -6,14 +6,15 @@ Tangled from book/tasks.md.
 """
 
 from collections.abc import Iterator
-from typing import Self
+from importlib import import_module
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from s4mini.checks import check_choice, check_generator, check_int, check_number
-from s4mini.layer import clear_padding
+from s4mini.layer import Stepper, clear_padding
 from s4mini.model import ModelState, ModelStepper, S4Model, pool_steps
 from s4mini.saving import Savable
 
@@ -24,6 +25,10 @@ __all__ = [
     "S4Forecaster",
     "draw",
     "S4LanguageModel",
+    "PlainStepper",
+    "OLDEST_OPSET",
+    "export_program",
+    "export_onnx",
 ]
 
 
@@ -320,3 +325,136 @@ def _check_draw(generator, temperature, top_k) -> None:
     if top_k is not None:
         check_int("top_k", top_k)
     check_generator("generator", generator)
+
+
+class PlainStepper(nn.Module):
+    """One step whose state is plain tensors, as other programs know them.
+
+    Args:
+        stepper: what stepper() of a layer, model or task returns.
+
+    Raises:
+        TypeError: stepper is something else.
+
+    Source: book/tasks.md.
+    """
+
+    def __init__(self, stepper: Stepper | ModelStepper) -> None:
+        super().__init__()
+        if not isinstance(stepper, Stepper | ModelStepper):
+            raise TypeError(
+                "stepper: expected what stepper() of a layer, model or task "
+                f"returns, got {type(stepper).__name__}"
+            )
+        self.stepper = stepper
+
+    def start(self, batch: int) -> tuple[Tensor, ...]:
+        """Return the state of a fresh start, tensor by tensor."""
+        if isinstance(self.stepper, Stepper):
+            C = self.stepper.C
+            return (C.new_zeros(check_int("batch", batch, minimum=0), *C.shape),)
+        state = self.stepper.model.initial_state(batch)
+        return (*state.layers, state.mean, state.count)
+
+    def names(self) -> list[str]:
+        """Return what the tensors of a state are called."""
+        if isinstance(self.stepper, Stepper):
+            return ["state"]
+        layers = range(len(self.stepper.steppers))
+        return [*(f"state_{i}" for i in layers), "mean", "count"]
+
+    def example(self, batch: int) -> Tensor:
+        """Return an input: zeros, or the first token."""
+        if isinstance(self.stepper, Stepper):
+            return self.stepper.D.new_zeros(batch, len(self.stepper.D))
+        c, weight = self.stepper.model.config, self.stepper.model.decoder.weight
+        if c.tokens:
+            return torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        return weight.new_zeros(batch, c.d_input)
+
+    def forward(self, u: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """Take one step: an input and a state to the output and a state."""
+        if isinstance(self.stepper, Stepper):
+            return self.stepper(u, *state)
+        *layers, mean, count = state
+        y, after = self.stepper(u, ModelState(tuple(layers), mean, count))
+        return (y, *after.layers, after.mean, after.count)
+
+
+OLDEST_OPSET = 18  # of ONNX, in which the operators of a step exist
+
+
+def _open_batch(plain: PlainStepper) -> tuple[tuple, tuple]:
+    """Return arguments for an export, and which of their axes are open."""
+    B = torch.export.Dim("B", min=1)
+    state = plain.start(2)
+    return (plain.example(2), *state), ({0: B}, tuple({0: B} for _ in state))
+
+
+def export_program(stepper: Stepper | ModelStepper) -> torch.export.ExportedProgram:
+    """Write a step down, for PyTorch without this library.
+
+    Args:
+        stepper: what stepper() of a layer, model or task returns.
+
+    Returns:
+        A program of an input and a state, tensor by tensor, for any number of
+        sequences; torch.export.save writes it to a file.
+
+    Raises:
+        TypeError: stepper is something else.
+
+    Source: book/tasks.md.
+    """
+    plain = PlainStepper(stepper)
+    given, axes = _open_batch(plain)
+    return torch.export.export(plain, given, dynamic_shapes=axes)
+
+
+def export_onnx(stepper: Stepper | ModelStepper, opset: int = OLDEST_OPSET) -> bytes:
+    """Write a step down in ONNX, for runtimes without PyTorch.
+
+    Args:
+        stepper: what stepper() of a layer, model or task returns.
+        opset: which version of ONNX's operators to use.
+
+    Returns:
+        The content of a file. Inputs are "u" and "state", or "state_0", ...,
+        "mean" and "count"; outputs "y", and the same with "next_" before.
+
+    Raises:
+        TypeError: stepper is something else, or opset not an integer.
+        ValueError: opset is older than these operators, or newer than the
+            installed onnx.
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+
+    Source: book/tasks.md.
+    """
+    plain = PlainStepper(stepper)
+    newest = _needs_onnx()
+    if check_int("opset", opset) not in range(OLDEST_OPSET, newest + 1):
+        raise ValueError(f"opset: expected {OLDEST_OPSET} ... {newest}, got {opset}")
+    given, axes = _open_batch(plain)
+    names = plain.names()
+    program = torch.onnx.export(
+        plain,
+        given,
+        dynamic_shapes=axes,
+        opset_version=opset,
+        verbose=False,
+        input_names=["u", *names],
+        output_names=["y", *(f"next_{name}" for name in names)],
+    )
+    return cast(Any, program).model_proto.SerializeToString()
+
+
+def _needs_onnx() -> int:
+    """Return the newest opset that is installed, or say what is missing."""
+    try:
+        import_module("onnxscript")
+        return import_module("onnx").defs.onnx_opset_version()
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'export_onnx needs {error.name}: pip install "s4mini[onnx]"',
+            name=error.name,
+        ) from error

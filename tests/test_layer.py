@@ -2,7 +2,6 @@
 
 import copy
 import io
-import logging
 import warnings
 
 import pytest
@@ -264,34 +263,6 @@ def test_stepper_exports(measure):
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(step, (u, state))
         assert torch.allclose(traced(u[:1], state[:1])[0], step(u[:1], state[:1])[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("measure", ["legs", "diag-lin"])
-def test_stepper_runs_in_onnx(measure):
-    """A thousand steps of another runtime, with another number of examples."""
-    for name in ("onnx", "onnxscript"):
-        pytest.importorskip(name)
-    runtime = pytest.importorskip("onnxruntime")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    layer = make(N=16, measure=measure, dtype=torch.float32)
-    step, batch = layer.stepper(), torch.export.Dim("batch", min=1)
-    example, file = (torch.zeros(3, 4), layer.initial_state(3)), io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            step, example, dynamic_shapes=({0: batch}, {0: batch}), dynamo=True, verbose=False
-        )
-    program.save(file)
-    session = runtime.InferenceSession(file.getvalue())
-    state, other = layer.initial_state(2), layer.initial_state(2).numpy()
-    found, expected = [], []
-    for u in signal(1000, 2, 4, dtype=torch.float32):
-        y, state = step(u, state)
-        z, other = session.run(None, {"u": u.numpy(), "state": other})
-        expected.append(y)
-        found.append(torch.from_numpy(z))
-    assert relative(torch.stack(found), torch.stack(expected)) < 1e-5
-    assert relative(torch.from_numpy(other), state) < 1e-5
 
 
 class Around(torch.nn.Module):

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import math
-import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -648,44 +647,3 @@ def test_a_pass_forward_and_back_reads_nothing(norm, prenorm, measure):
         valid = torch.arange(12) < torch.tensor([12, 7])[:, None]
         model.blocks[0].norm(u[..., :1].expand(-1, -1, 6), valid.sum(1))
     assert masked.count == 0
-
-
-def test_stepper_runs_in_onnx(tmp_path):
-    """A whole model in another runtime, a thousand steps; then its linear maps in eight bits."""
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    quantization = pytest.importorskip("onnxruntime.quantization")
-    g = torch.Generator().manual_seed(0)
-    config = S4Config(d_input=2, d_output=5, d_model=16, n_layers=2, d_state=8)
-    model = S4Model(config, g).eval()
-    step, B = model.stepper(), torch.export.Dim("B", min=1)
-    assert not any(part.training for part in step.modules())
-    example = torch.zeros(3, 2), model.initial_state(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            step,
-            example,
-            dynamic_shapes=({0: B}, [({0: B}, {0: B}), {0: B}, {0: B}]),
-            verbose=False,
-        )
-    plain, small = tmp_path / "plain.onnx", tmp_path / "small.onnx"
-    program.save(plain)
-    quantization.quantize_dynamic(plain, small)
-
-    u, state, expected = torch.randn(1000, 2, 2, generator=g), model.initial_state(2), []
-    with torch.no_grad():
-        for u_k in u:
-            y, state = step(u_k, state)
-            expected.append(y)
-    expected = torch.stack(expected)
-    for path, error in ((plain, 1e-5), (small, 0.1)):
-        session = runtime.InferenceSession(path)
-        names, start = [given.name for given in session.get_inputs()], model.initial_state(2)
-        other, found = [x.numpy() for x in (*start.layers, start.mean, start.count)], []
-        for u_k in u:
-            y, *other = session.run(None, dict(zip(names, (u_k.numpy(), *other), strict=True)))
-            found.append(torch.from_numpy(y))
-        difference = (torch.stack(found) - expected).abs().max() / expected.abs().max()
-        assert difference < error
-    assert small.stat().st_size < plain.stat().st_size

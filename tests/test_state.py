@@ -398,6 +398,8 @@ CALLS = {
     "tables.real_rows": lambda f, t: f(C[None]),
     "tables.grow_rows": lambda f, t: tried(lambda: f(u[:1, :4], torch.eye(4).double(), 2)),
     "tables.table_kernel": lambda f, t: f(Lambda, P, B, C, dt, 9),
+    "tasks.export_program": lambda f, t: f(small().stepper()),
+    "tasks.export_onnx": lambda f, t: tried(lambda: f(small().stepper())),
     "tasks.draw": lambda f, t: f(torch.ones(2, 3), generator=Generator()),
     "train.split_indices": lambda f, t: f(10),
     "train.epoch_order": lambda f, t: f(10, 0, 4, 0),

@@ -1,12 +1,25 @@
 """Classifier, forecaster, language model: what they answer, and what they refuse."""
 
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 from helpers import make_model as make
 from helpers import relative, signal
 
+from s4mini.layer import S4Layer
 from s4mini.model import S4Config, S4Model
-from s4mini.tasks import S4Classifier, S4Forecaster, S4LanguageModel, draw
+from s4mini.tasks import (
+    PlainStepper,
+    S4Classifier,
+    S4Forecaster,
+    S4LanguageModel,
+    draw,
+    export_onnx,
+    export_program,
+)
 
 U = signal(2, 5, 2)
 IDS = torch.zeros(2, 5, dtype=torch.int64)
@@ -189,3 +202,109 @@ def test_stepper_of_a_task():
     for u_k in u.unbind(1):
         y, state = step(u_k, state)
     assert relative(y, model(u)[:, -1]) < 1e-9
+
+
+STEPPED = {  # what has a stepper, in single precision
+    "layer": lambda g: S4Layer(4, 16, "legt", generator=g),
+    "diagonal": lambda g: S4Layer(4, 16, "diag-lin", generator=g),
+    "pooled": lambda g: S4Model(
+        S4Config(d_input=2, d_output=5, d_model=16, n_layers=2, d_state=8), g
+    ),
+    "tokens": lambda g: speaker(V=5, n_layers=1).float(),
+}
+ALONE = """
+import sys
+sys.modules["s4mini"] = None  # importing it fails
+import torch
+for path in sys.argv[1:]:
+    step, (u, state) = torch.export.load(path + ".pt2").module(), torch.load(path + ".in")
+    found = []
+    for u_k in u:
+        y, *state = step(u_k, *state)
+        found.append(y)
+    torch.save((torch.stack(found), state), path + ".out")
+"""
+
+
+def stepped(name, length, batch):
+    """Return a stepper in evaluation mode, inputs, and what it makes of them."""
+    g = torch.Generator().manual_seed(0)
+    step = STEPPED[name](g).eval().stepper()
+    plain = PlainStepper(step)
+    shape = length, *plain.example(batch).shape
+    whole = plain.example(1).dtype == torch.int64
+    u = torch.randint(5, shape, generator=g) if whole else torch.randn(shape, generator=g)
+    state, found = plain.start(batch), []
+    with torch.no_grad():
+        for u_k in u:
+            y, *state = plain(u_k, *state)
+            found.append(y)
+    return step, u, torch.stack(found), state
+
+
+def test_programs_run_where_the_package_is_not(tmp_path):
+    """Exported, saved, and read for other numbers of sequences by a process without s4mini."""
+    expected = {}
+    for name, batch in zip(STEPPED, (1, 2, 3, 1), strict=True):
+        step, u, *expected[name] = stepped(name, 20, batch)
+        torch.export.save(export_program(step), tmp_path / f"{name}.pt2")
+        torch.save((u, PlainStepper(step).start(batch)), tmp_path / f"{name}.in")
+    paths = [str(tmp_path / name) for name in STEPPED]
+    subprocess.run([sys.executable, "-c", ALONE, *paths], check=True, cwd=tmp_path)
+    for name, (y, state) in expected.items():
+        found, after = torch.load(tmp_path / f"{name}.out")
+        assert relative(found, y) < 1e-6
+        for a, b in zip(after, state, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_steps_run_in_onnx(tmp_path):
+    """A thousand steps of another runtime; then the linear maps of a model in eight bits."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    for name in ("layer", "diagonal", "pooled"):
+        step, u, y, state = stepped(name, 1000, 2)
+        plain, small, start = tmp_path / name, tmp_path / "small", PlainStepper(step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain.write_bytes(export_onnx(step, opset=20 if name == "layer" else 18))
+        files = [(plain, 1e-5)]
+        if name == "pooled":
+            quantization.quantize_dynamic(plain, small)
+            assert small.stat().st_size < plain.stat().st_size
+            files.append((small, 0.1))
+        for path, tolerance in files:
+            session = runtime.InferenceSession(path)
+            assert [x.name for x in session.get_inputs()] == ["u", *start.names()]
+            other, found = [x.numpy() for x in start.start(2)], []
+            for u_k in u:
+                given = dict(zip(("u", *start.names()), (u_k.numpy(), *other), strict=True))
+                z, *other = session.run(None, given)
+                found.append(torch.from_numpy(z))
+            assert relative(torch.stack(found), y) < tolerance
+            assert relative(torch.from_numpy(other[0]), state[0]) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (ValueError, r"^opset: expected 18 \.\.\. \d+, got 3$", lambda s: export_onnx(s, 3)),
+        (ValueError, r"^opset: .* got 99$", lambda s: export_onnx(s, 99)),
+        (TypeError, "^opset", lambda s: export_onnx(s, "18")),
+        (TypeError, "^opset", lambda s: export_onnx(s, True)),
+        (TypeError, "^stepper: .* got S4Model", lambda s: export_onnx(s.model)),
+        (TypeError, "^stepper: .* got function", lambda s: export_program(signal)),
+        (TypeError, "^batch", lambda s: PlainStepper(s).start(1.5)),
+    ],
+)
+def test_wrong_exports_are_named(error, match, call):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(error, match=match):
+        call(make().stepper())
+
+
+def test_a_missing_onnx_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ModuleNotFoundError, match=r"onnxscript: pip install \"s4mini\[onnx\]\""):
+        export_onnx(make().stepper())
