@@ -243,11 +243,9 @@ def advance(step: RealIncrements, u: Tensor, s: Tensor) -> Tensor:
 
     Source: book/recurrence.md.
     """
-    n = s.shape[-1] // 2
     d = torch.addcmul(step.B_bar * u[..., None], step.same, s)
     # From here on in place: new memory costs more than the arithmetic.
-    d[..., :n].addcmul_(step.other[..., :n], s[..., n:])
-    d[..., n:].addcmul_(step.other[..., n:], s[..., :n])
+    d.addcmul_(step.other, s.roll(s.shape[-1] // 2, -1))
     if step.F is not None and step.G is not None:
         for F, G in zip(step.F.unbind(-2), step.G.unbind(-2), strict=True):
             d.addcmul_(F, torch.linalg.vecdot(G, s)[..., None], value=-1)
