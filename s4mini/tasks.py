@@ -420,7 +420,8 @@ def export_onnx(stepper: Stepper | ModelStepper, opset: int = OLDEST_OPSET) -> b
 
     Returns:
         The content of a file. Inputs are "u" and "state", or "state_0", ...,
-        "mean" and "count"; outputs "y", and the same with "next_" before.
+        "mean" and "count"; outputs "y" and "next_state", or "next_state_0",
+        ..., "next_mean" and "next_count".
 
     Raises:
         TypeError: stepper is something else, or opset not an integer.
